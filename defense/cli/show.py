@@ -1,0 +1,116 @@
+"""Guards and reports for people: tables instead of JSON."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from defense.archive import FOLDER, extract_archive
+from defense.artifact import load_guard
+from defense.config import Settings, read_settings
+from defense.errors import PathGuardError
+from defense.guard import Guard
+from defense.policy import make_policy, target_fpr
+
+
+def describe_guard(subject: Path, config: Path | None) -> dict[str, Any]:
+    """Return what is in a guard folder or in a guarded archive, ready for JSON."""
+    if subject.is_dir():
+        return _facts(load_guard(subject), config)
+    with tempfile.TemporaryDirectory(prefix="pathguard-") as folder:
+        archive = extract_archive(subject, Path(folder))
+        if not archive.is_wrapped:
+            raise PathGuardError(
+                f"{subject} is not guarded; fit a guard with 'pathguard fit --archive {subject} ...'"
+            )
+        facts = _facts(load_guard(Path(folder) / FOLDER), config)
+    return {"archive": str(subject), "model": archive.model_name, **facts}
+
+
+def _facts(guard: Guard, config: Path | None) -> dict[str, Any]:
+    layout = guard.router.layout
+    settings = (read_settings(config) if config else Settings()).defaults
+    return {
+        "fingerprint": guard.fingerprint,
+        "router": guard.router.name,
+        "detector": guard.detector.name,
+        "input": {"shape": list(guard.inputs.shape), "dtype": guard.inputs.dtype},
+        "path": {
+            "columns": layout.length,
+            "statistics": list(layout.statistics),
+            "sites": [{"name": site.name, "channels": site.channels} for site in layout.sites],
+        },
+        "classes": list(guard.class_names),
+        "thresholds": {tier: _threshold(guard, settings, tier) for tier in ("flag", "reject")},
+        **guard.facts,
+    }
+
+
+def _threshold(guard: Guard, settings: Any, tier: str) -> str:
+    """Return a tier in words, or why the guard cannot keep it."""
+    only = settings.model_copy(update={"flag": getattr(settings, tier), "reject": getattr(settings, tier)})
+    try:
+        policy = make_policy(only, guard.calibration, guard.class_names)
+    except PathGuardError as error:
+        return str(error)
+    rule = getattr(policy, tier).rule
+    rate = target_fpr(getattr(policy, tier), guard.calibration)
+    return f"score >= {rule.score:g} (target rate {rate:.4g})" if rule.score else f"p-value <= {rate:g}"
+
+
+def print_guard(out: Console, facts: dict[str, Any]) -> None:
+    """Print what `describe_guard` returned."""
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name == "path":
+            names = [f"{site['name']} ({site['channels']})" for site in value["sites"]]
+            text = f"{value['columns']} columns ({', '.join(value['statistics'])}): {', '.join(names)}"
+        elif isinstance(value, dict):
+            text = "\n".join(f"{key}: {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value[:20])) + (", ..." if len(value) > 20 else "")
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(f"[bold]{name.replace('_', ' ')}[/bold]", text)
+    out.print(table)
+
+
+def print_report(out: Console, report: dict[str, Any]) -> None:
+    """Print an evaluation report as two tables."""
+    clean = report["clean"]
+    rates = ", ".join(f"{_percent(v)} at {k}" for k, v in clean["realised_fpr"].items() if v is not None)
+    out.print(
+        f"Clean: {clean['n']} images, accuracy {_percent(clean['accuracy'])}, false positives {rates}."
+    )
+    if not report["attacks"]:
+        return
+    baselines = report["baselines"]
+    table = Table("attack", "n", "success", "AUROC", "TPR at 5 %", "TPR at 1 %", "success when guarded")
+    for name in baselines:
+        table.add_column(f"AUROC {name.replace('_', ' ')}")
+    for name, row in report["attacks"].items():
+        table.add_row(
+            name,
+            str(row["n"]),
+            _percent(row["success_rate"]),
+            _number(row["auroc"]),
+            _percent(row["tpr"]["0.05"]),
+            _percent(row["tpr"]["0.01"]),
+            _percent(row["guarded_success_rate"]),
+            *(_number(baseline[name]) for baseline in baselines.values()),
+        )
+    out.print(table)
+    for name, row in report["controls"].items():
+        out.print(f"Control, {name}: {_percent(row['fpr']['0.01'])} hit at 1 %.")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

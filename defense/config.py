@@ -1,0 +1,176 @@
+"""`guard.yaml` to frozen, validated settings. Every mistake in it is one sentence.
+
+The file sets what an operator decides: mode, thresholds, consequences, limits. What was fitted is
+in the guard. Unknown keys are errors that name the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from defense.errors import ConfigError, nearest
+
+Rate = Annotated[float, Field(gt=0, lt=1)]
+MAX_FILE_BYTES = 1_000_000
+
+
+def _text_keys(value: object) -> object:
+    """YAML reads the class or model called 3 as a number."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key) if type(key) is int else key: item for key, item in value.items()}
+
+
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Rule(Strict):
+    """When a tier applies: at a target false-positive rate, or from a raw score on."""
+
+    target_fpr: Rate | None = Field(default=None, description="share of clean requests that may be hit")
+    score: float | None = Field(default=None, description="raw detector score from which the tier applies")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.target_fpr is None) == (self.score is None):
+            raise ValueError("give either target_fpr or score, and only one of them")
+        return self
+
+
+class TierRule(Rule):
+    """A tier's rule, with exceptions per predicted class (by class name or index)."""
+
+    per_class: Annotated[dict[str, Rule], BeforeValidator(_text_keys)] = Field(default_factory=dict)
+
+
+class SecondLook(Strict):
+    """When extra forward passes may be spent on a doubtful request, and for how long."""
+
+    below_p: Rate = 0.2
+    budget_ms: Annotated[float, Field(ge=0, le=10_000)] = 20
+
+
+class Limits(Strict):
+    """What one request may cost before it is decoded."""
+
+    max_bytes: Annotated[int, Field(ge=1)] = 6_000_000
+    max_pixels: Annotated[int, Field(ge=1)] = 25_000_000
+
+
+class ModelSettings(Strict):
+    """How one served model is guarded."""
+
+    mode: Annotated[Literal["off", "shadow", "flag", "enforce"], BeforeValidator(_off)] = Field(
+        default="enforce",
+        description="off: not scored; shadow: scored and counted, answers untouched; "
+        "flag: suspicious answers carry headers; enforce: suspicious requests are refused",
+    )
+    flag: TierRule = TierRule(target_fpr=0.01)
+    reject: TierRule = TierRule(target_fpr=0.001)
+    reject_status: Annotated[int, Field(ge=400, le=499)] = Field(
+        default=403, description="HTTP status of a refusal; 4xx, because 5xx is retried blindly"
+    )
+    on_error: Literal["open", "closed"] = Field(
+        default="open", description="when the guard fails: open answers and counts, closed refuses (503)"
+    )
+    expose_score: bool = Field(
+        default=False, description="send p-value and score to clients; an attacker would thank you"
+    )
+    second_look: SecondLook = SecondLook()
+    optimize: bool = Field(default=False, description="give up bit-identical answers for speed")
+    limits: Limits = Limits()
+
+
+class MetricsSettings(Strict):
+    """Where Prometheus finds the metrics."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8083
+
+
+class Settings(Strict):
+    """All of `guard.yaml`."""
+
+    version: Literal[1] = 1
+    defaults: ModelSettings = ModelSettings()
+    models: Annotated[dict[str, ModelSettings], BeforeValidator(_text_keys)] = Field(default_factory=dict)
+    metrics: MetricsSettings = MetricsSettings()
+
+    def for_model(self, name: str) -> ModelSettings:
+        """Return the settings of the model called `name`."""
+        return self.models.get(name, self.defaults)
+
+
+def parse_settings(text: str | bytes, *, where: str) -> Settings:
+    """Return the settings that a YAML text describes; ConfigError names `where` and the key."""
+    if len(text) > MAX_FILE_BYTES:
+        raise ConfigError(f"{where} is over {MAX_FILE_BYTES} bytes; expected a short YAML file")
+    try:
+        raw = yaml.safe_load(text)
+    except Exception as error:
+        # A bad scalar (the date 2001-99-99) raises ValueError, KeyError and others, not YAMLError.
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f"{where}, line {line + 1}" if line is not None else where
+        raise ConfigError(f"{place} is not valid YAML; mend the syntax there") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} holds a {type(raw).__name__}; expected keys such as 'defaults'")
+    try:
+        return Settings.model_validate(_with_defaults(raw))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error)}") from error
+
+
+def read_settings(path: Path) -> Settings:
+    """Read and validate a `guard.yaml`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give a readable YAML file") from error
+    return parse_settings(content, where=str(path))
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay every model's keys over the defaults, key by key."""
+    defaults, models = raw.get("defaults"), raw.get("models")
+    if not isinstance(models, dict) or not isinstance(defaults, dict | None):
+        return raw
+    merged = {
+        name: {**(defaults or {}), **own} if isinstance(own, dict) else own
+        for name, own in models.items()
+    }
+    return {**raw, "models": merged}
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return f"unknown key '{place}'{nearest(key, _keys_at(first['loc'][:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    got = first["input"]
+    shown = "" if isinstance(got, dict) else f" (got {reprlib.repr(got)})"
+    return f"'{place}' is not valid{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Settings
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:
+            model = model.__args__[-1]
+    return sorted(model.model_fields)

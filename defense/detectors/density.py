@@ -1,0 +1,118 @@
+"""`density`: how usual is every site's path for the predicted class? Clean data only.
+
+Per site, a class-conditional Gaussian over the leading directions of the path and the energy that
+those directions miss (Lee et al. 2018 per layer, with the residual of Wang et al., "ViM", CVPR
+2022). The log-distances of all sites are then judged together, on data that fitted none of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from defense.detectors.gaussian import (
+    ClassGaussian,
+    Standardiser,
+    fit_class_gaussian,
+    fit_standardiser,
+)
+from defense.types import FitData, PathLayout, Routed
+
+DISTANCE_FLOOR = 1e-4
+IMAGES_PER_DIRECTION = 32
+
+
+@dataclass(frozen=True)
+class SiteDensity:
+    """One site. directions: (d, r) orthonormal leading directions of the standardised columns."""
+
+    standardise: Standardiser
+    directions: Tensor
+    gaussian: ClassGaussian
+
+    def distances(self, path: Tensor, label: Tensor) -> Tensor:
+        """Return log-distances (N, 2) of site paths (N, d): within the directions and off them."""
+        x = self.standardise(path)
+        inside = x @ self.directions
+        off = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0) / x.shape[1]
+        both = torch.stack([self.gaussian.distance(inside, label), off], dim=1)
+        return (both + DISTANCE_FLOOR).log()
+
+
+@dataclass(frozen=True)
+class DensityView:
+    """The log-distances of all sites side by side: (N, 2 S)."""
+
+    layout: PathLayout
+    sites: tuple[SiteDensity, ...]
+
+    def features(self, routed: Routed) -> Tensor:
+        """Return (N, 2 S) log-distances to the predicted class."""
+        label = routed.predicted
+        columns = zip(self.sites, self.layout.columns, strict=True)
+        return torch.cat([s.distances(routed.path[:, c], label) for s, c in columns], dim=1)
+
+
+@dataclass(frozen=True)
+class Density:
+    """Fitted density detector."""
+
+    name: ClassVar[str] = "density"
+
+    view: DensityView
+    usual: Standardiser
+
+    def score(self, routed: Routed) -> Tensor:
+        """(N,) float64: mean excess of the log-distances over the usual ones, larger = more unusual."""
+        excess = self.usual(self.view.features(routed)).clamp(min=0)
+        return excess.double().square().mean(dim=1)
+
+
+@dataclass(frozen=True)
+class DensityRecipe:
+    """Hyper-parameters: how many leading directions of a site's path are modelled at most.
+
+    Never more than one direction per 32 images: past that the distances measure the sample.
+    """
+
+    rank: int = 32
+
+    def fit(self, data: FitData, layout: PathLayout, *, seed: int) -> Density:
+        """Fit to clean runs; attacked ones are not looked at."""
+        shape, judge = halves(data, seed)
+        view = fit_density_view(shape, layout, rank=self.rank)
+        return Density(view, fit_standardiser(view.features(judge.clean)))
+
+
+def fit_density_view(data: FitData, layout: PathLayout, *, rank: int) -> DensityView:
+    """Fit one `SiteDensity` per site of `layout`."""
+    classes = data.clean.logits.shape[1]
+    return DensityView(
+        layout,
+        tuple(
+            _fit_site(data.clean.path[:, columns], data.labels, classes, rank)
+            for columns in layout.columns
+        ),
+    )
+
+
+def halves(data: FitData, seed: int) -> tuple[FitData, FitData]:
+    """Split the clean runs at random into two: one to shape the views, one to judge them with."""
+    count = len(data.clean)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    first, second = order[: count - count // 3], order[count - count // 3 :]
+    return (
+        FitData(data.clean.take(first), data.labels[first], data.attacked),
+        FitData(data.clean.take(second), data.labels[second], data.attacked),
+    )
+
+
+def _fit_site(path: Tensor, label: Tensor, classes: int, rank: int) -> SiteDensity:
+    standardise = fit_standardiser(path)
+    x = standardise(path)
+    _, _, vectors = torch.linalg.svd(x.double(), full_matrices=False)
+    directions = vectors[: min(rank, max(2, len(x) // IMAGES_PER_DIRECTION))].T.float().contiguous()
+    return SiteDensity(standardise, directions, fit_class_gaussian(x @ directions, label, classes))

@@ -1,0 +1,217 @@
+"""The gate that a batch of requests passes, whatever server brought it.
+
+The archive's own handler runs the backbone; the gate watches that run, scores it, and says of every
+request what becomes of it. A request that cannot be read fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from defense.backbone import Recording
+from defense.config import ModelSettings
+from defense.errors import GuardFailure
+from defense.guard import AttachedGuard, Guard
+from defense.metrics import ModelMetrics
+from defense.payload import InvalidReason, diagnose, over_limits
+from defense.policy import Policy, make_policy, target_fpr
+from defense.types import Routed, Scored, Verdict
+
+logger = logging.getLogger(__name__)
+
+Answer = Callable[[Sequence[int]], list[object]]
+"""Runs the archive's handler on these rows of the batch; one answer per row, in their order."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of one request.
+
+    `answer` is the handler's own; it is absent where the request was `invalid` or its handling
+    failed (`failure`), which `shadow` and `off` never say. `verdict` is absent where nothing was
+    scored.
+    """
+
+    answer: object = None
+    verdict: Verdict | None = None
+    invalid: InvalidReason | None = None
+    failure: Exception | None = None
+    score: float | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Settings and the policy made of them: exchanged as one, so no batch sees half an edit."""
+
+    settings: ModelSettings
+    policy: Policy
+
+
+def make_rules(settings: ModelSettings, guard: Guard) -> Rules:
+    """Check `settings` against what `guard` can promise; PathGuardError says what it cannot."""
+    return Rules(settings, make_policy(settings, guard.calibration, guard.class_names))
+
+
+class Gate:
+    """An attached guard with its rules and its metrics."""
+
+    def __init__(self, attached: AttachedGuard, settings: ModelSettings, metrics: ModelMetrics):
+        self._attached = attached
+        self._metrics = metrics
+        self.apply(settings)
+
+    @property
+    def settings(self) -> ModelSettings:
+        return self._rules.settings
+
+    def apply(self, settings: ModelSettings) -> None:
+        """Exchange the rules between two batches; an error leaves the old ones in force."""
+        guard = self._attached.guard
+        rules = make_rules(settings, guard)
+        self._rules = rules
+        for tier in ("flag", "reject"):
+            rate = target_fpr(getattr(rules.policy, tier), guard.calibration)
+            self._metrics.target_fpr(tier, rate)
+        self._metrics.mode(settings.mode)
+
+    def pass_batch(self, payloads: Sequence[object], answer: Answer) -> list[Outcome]:
+        """Return one outcome per payload, in order, and count each of them once.
+
+        In `off` and `shadow` the handler's answers and errors come through as they are.
+        """
+        rules = self._rules
+        if rules.settings.mode == "off":
+            return [Outcome(answer=a) for a in answer(range(len(payloads)))]
+        outcomes = _Batch(self._attached, rules, self._metrics, payloads, answer).outcomes()
+        self._metrics.count(outcomes)
+        if rules.settings.mode == "shadow":
+            return [replace(outcome, invalid=None) for outcome in outcomes]
+        return outcomes
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One batch on its way through the gate."""
+
+    attached: AttachedGuard
+    rules: Rules
+    metrics: ModelMetrics
+    payloads: Sequence[object]
+    answer: Answer
+
+    def outcomes(self) -> list[Outcome]:
+        every = range(len(self.payloads))
+        if self.rules.settings.mode == "shadow":
+            found = self._run(every)
+        else:
+            found = self._refuse_oversized(every)
+            found |= self._run_isolated([row for row in every if row not in found])
+        return [found[row] for row in every]
+
+    def _refuse_oversized(self, rows: Sequence[int]) -> dict[int, Outcome]:
+        with self.metrics.timed("check"):
+            limits = self.rules.settings.limits
+            reasons = {row: over_limits(self.payloads[row], limits) for row in rows}
+        return {row: Outcome(invalid=reason) for row, reason in reasons.items() if reason}
+
+    def _run_isolated(self, rows: Sequence[int]) -> dict[int, Outcome]:
+        """Run rows together; where that fails, without those that cannot be read; at last one by one."""
+        if not rows:
+            return {}
+        try:
+            return self._run(rows)
+        except Exception as error:
+            found = self._unreadable(rows)
+            rest = [row for row in rows if row not in found]
+            if found:
+                return found | self._run_isolated(rest)
+            if len(rows) == 1:
+                return {rows[0]: Outcome(failure=error)}
+            return {r: o for row in rows for r, o in self._run_isolated([row]).items()}
+
+    def _unreadable(self, rows: Sequence[int]) -> dict[int, Outcome]:
+        """Find the rows that do not reach the backbone well-formed; no forward pass is made."""
+        reasons = {row: self._probe(row) for row in rows}
+        return {row: Outcome(invalid=reason) for row, reason in reasons.items() if reason}
+
+    def _probe(self, row: int) -> InvalidReason | None:
+        try:
+            with self.attached.backbone.probe() as recording:
+                self.answer([row])
+        except Exception:
+            return diagnose(self.payloads[row])
+        inputs = recording.runs[-1].inputs if recording.runs else None
+        if inputs is None:
+            return None
+        if self._wrong_shape(inputs):
+            return InvalidReason.WRONG_SHAPE
+        return None if bool(torch.isfinite(inputs).all()) else InvalidReason.NOT_FINITE
+
+    def _wrong_shape(self, inputs: Tensor | None) -> bool:
+        return inputs is not None and not self.attached.guard.inputs.accepts(inputs)
+
+    def _run(self, rows: Sequence[int]) -> dict[int, Outcome]:
+        """Run rows through the handler once and judge them."""
+        with self.attached.backbone.record() as recording:
+            answers = self.answer(rows)
+        if not isinstance(answers, list) or len(answers) != len(rows):
+            raise ValueError("the archive's handler did not return one answer per request")
+        try:
+            judged = self._judge(recording, len(rows))
+        except GuardFailure as error:
+            judged = self._failed(error, len(rows))
+        shadow = self.rules.settings.mode == "shadow"
+        return {
+            row: outcome if outcome.invalid and not shadow else replace(outcome, answer=given)
+            for row, outcome, given in zip(rows, judged, answers, strict=True)
+        }
+
+    def _judge(self, recording: Recording, count: int) -> list[Outcome]:
+        """Return verdicts for `count` requests from the one run in `recording`."""
+        with self.metrics.timed("score"):
+            routed = self.attached.backbone.routed(recording)
+            if len(routed) != count:
+                raise GuardFailure("rows", f"the backbone ran {len(routed)} rows for {count} requests")
+            if self._wrong_shape(recording.runs[0].inputs):
+                return [Outcome(invalid=InvalidReason.WRONG_SHAPE)] * count
+            finite = (routed.path.isfinite().all(1) & routed.logits.isfinite().all(1)).cpu()
+            usable = routed if bool(finite.all()) else routed.take(finite.to(routed.path.device))
+            scored = self._scored(usable)
+        with self.metrics.timed("decide"):
+            verdicts = iter([outcome for part in scored for outcome in self._verdicts(part)])
+        return [
+            next(verdicts) if good else Outcome(invalid=InvalidReason.NOT_FINITE)
+            for good in finite.tolist()
+        ]
+
+    def _scored(self, routed: Routed) -> list[Scored | GuardFailure]:
+        """Score rows together; where the guard fails on them, one by one, so that it fails alone."""
+        try:
+            return [self.attached.guard.score(routed)] if len(routed) else []
+        except GuardFailure as error:
+            if len(routed) == 1:
+                return [error]
+            rows = torch.arange(len(routed), device=routed.path.device).split(1)
+            return [part for row in rows for part in self._scored(routed.take(row))]
+
+    def _failed(self, error: GuardFailure, count: int) -> list[Outcome]:
+        logger.error("guard failed at stage %s: %s", error.stage, error)
+        self.metrics.error(error.stage, count)
+        return [Outcome(verdict=Verdict.ERROR)] * count
+
+    def _verdicts(self, scored: Scored | GuardFailure) -> list[Outcome]:
+        if isinstance(scored, GuardFailure):
+            return self._failed(scored, 1)
+        rows = zip(
+            self.rules.policy.decide(scored),
+            scored.score.tolist(),
+            scored.p_value.tolist(),
+            strict=True,
+        )
+        return [Outcome(verdict=v, score=score, p_value=p) for v, score, p in rows]

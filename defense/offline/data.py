@@ -1,0 +1,111 @@
+"""Images on disk: a folder or a zip, one folder per class, or no classes at all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile, ZipFile
+
+from defense.errors import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Image files and their classes. `labels` index `class_names`; None where images are unlabelled."""
+
+    root: Path
+    names: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def payload(self, index: int) -> bytes:
+        """Return one file's bytes."""
+        if self.root.is_dir():
+            return (self.root / self.names[index]).read_bytes()
+        with ZipFile(self.root) as archive:
+            return archive.read(self.names[index])
+
+    def payloads(self, indices: Sequence[int]) -> list[bytes]:
+        """Return several files' bytes."""
+        if self.root.is_dir():
+            return [self.payload(index) for index in indices]
+        with ZipFile(self.root) as archive:
+            return [archive.read(self.names[index]) for index in indices]
+
+    def take(self, indices: Sequence[int]) -> ImageSet:
+        """Return the given images, in that order."""
+        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
+        return ImageSet(self.root, tuple(self.names[i] for i in indices), labels, self.class_names)
+
+    def shuffled(self, seed: int, limit: int | None = None) -> ImageSet:
+        """Return the images in random order, at most `limit`, classes in their own proportions."""
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        return self.take(order[:limit])
+
+
+def read_images(path: Path) -> ImageSet:
+    """List the images under `path`: a folder, a zip, or a folder inside a zip (`data.zip/test`).
+
+    The class of an image is the name of the folder that it lies in; images that lie directly in
+    `path` are unlabelled. DataError where there is none, or all are of one class.
+    """
+    root, inside = _locate(path)
+    names = sorted(_names(root, inside))
+    if not names:
+        raise DataError(
+            f"no images under {path}; expected files such as CLASS/1.png "
+            f"({', '.join(sorted(SUFFIXES))})"
+        )
+    base = PurePosixPath(inside)
+    folders = [str(PurePosixPath(name).parent.relative_to(base)) for name in names]
+    if set(folders) == {"."}:
+        return ImageSet(root, tuple(names), None, ())
+    classes = [PurePosixPath(folder).name for folder in folders]
+    class_names = tuple(sorted(set(classes)))
+    if len(class_names) == 1:
+        raise DataError(
+            f"all images under {path} are of one class ('{class_names[0]}'); a guard needs at least "
+            "two: give a folder with one folder per class"
+        )
+    if "." in folders:
+        raise DataError(
+            f"{folders.count('.')} images lie beside the class folders of {path}; "
+            "move them into the folder of their class"
+        )
+    index = {name: i for i, name in enumerate(class_names)}
+    return ImageSet(root, tuple(names), tuple(index[c] for c in classes), class_names)
+
+
+def _locate(path: Path) -> tuple[Path, str]:
+    """Return the folder or zip file, and the folder inside of the zip."""
+    if path.is_dir():
+        return path, "."
+    for candidate in (path, *path.parents):
+        if candidate.is_file():
+            return candidate, path.relative_to(candidate).as_posix()
+    raise DataError(f"there is no data at {path}; give a folder or a zip of images")
+
+
+def _names(root: Path, inside: str) -> list[str]:
+    if root.is_dir():
+        found = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    else:
+        try:
+            with ZipFile(root) as archive:
+                found = iter(archive.namelist())
+        except (BadZipFile, OSError) as error:
+            raise DataError(f"{root} is no zip file; give a folder or a zip of images") from error
+    return [
+        name
+        for name in found
+        if PurePosixPath(name).suffix.lower() in SUFFIXES
+        and (inside == "." or PurePosixPath(name).is_relative_to(inside))
+    ]

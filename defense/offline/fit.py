@@ -1,0 +1,233 @@
+"""Fit a guard: paths of clean data, a detector on one part of them, its calibration on the other."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defense.backbone import GatedBackbone
+from defense.calibration import Calibration
+from defense.detectors import DetectorKind, detector_named
+from defense.errors import ConfigError, DataError
+from defense.fingerprint import fingerprint
+from defense.guard import Guard, InputSpec
+from defense.offline.collect import Served, backbone_inputs, collect, collect_inputs, input_spec
+from defense.offline.data import ImageSet
+from defense.offline.progress import Progress, Silent
+from defense.routers import Router, router_named
+from defense.sites import discover_sites
+from defense.types import FitData, PathLayout, Routed
+
+MIN_IMAGES = 100
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What to fit. `sites` restricts the observed modules; None observes by rule."""
+
+    router: str = "activation"
+    detector: str = "density"
+    statistics: tuple[str, ...] = ("mean",)
+    sites: tuple[str, ...] | None = None
+    calibration_share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        detector_named(self.detector)
+        if not router_named(self.router).one_forward:
+            raise ConfigError(
+                f"the router '{self.router}' needs more than one forward pass and cannot serve; "
+                "choose another"
+            )
+        if not 0.1 <= self.calibration_share <= 0.9:
+            raise ConfigError("calibration_share must lie between 0.1 and 0.9")
+
+
+def fit_module(
+    model: nn.Module,
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]],
+    *,
+    options: FitOptions | None = None,
+    class_names: Sequence[str] = (),
+    attack: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Guard:
+    """Fit a guard to a module and batches of its inputs, (x, y) or x alone.
+
+    Without labels the network's own answers stand in. attack: returns attacked inputs for (x, y);
+    only detectors that are fitted with attacks use it.
+    """
+    options = options or FitOptions()
+    inputs, labels = _stack(batches)
+    spec = InputSpec(tuple(inputs.shape[1:]), str(inputs.dtype).removeprefix("torch."))
+    router = make_router(model, inputs[:EXAMPLES], options)
+    fit_rows, calibration_rows = split_rows(len(inputs), options)
+    with GatedBackbone(model, router) as gated:
+        clean = collect_inputs(model, gated, inputs[fit_rows])
+        calibration = collect_inputs(model, gated, inputs[calibration_rows])
+        truth = clean.predicted if labels is None else labels[fit_rows]
+        attacked = None
+        if attack is not None and detector_named(options.detector).needs_attacks:
+            attacked = successes(
+                collect_inputs(model, gated, attack(inputs[fit_rows], truth)), clean, truth
+            )
+    names = tuple(class_names) or tuple(str(i) for i in range(clean.logits.shape[1]))
+    facts = {"labels": "given" if labels is not None else "the network's own answers"}
+    return assemble(model, router, spec, FitData(clean, truth, attacked), calibration, names, options, facts)
+
+
+def fit_archive(
+    served: Served,
+    images: ImageSet,
+    *,
+    options: FitOptions,
+    attack: Callable[[Sequence[bytes], Tensor], Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Guard:
+    """Fit a guard to a served model and image files, through the archive's own preprocessing.
+
+    attack: returns attacked backbone inputs (N, ...) for payloads and their classes.
+    """
+    progress = progress or Silent()
+    if len(images) < MIN_IMAGES:
+        raise DataError(
+            f"{len(images)} images are too few to fit and calibrate on; give at least {MIN_IMAGES} "
+            f"(a target rate of 0.01 takes 200 with the default split)"
+        )
+    images = images.shuffled(options.seed)
+    examples = images.payloads(range(EXAMPLES))
+    spec = input_spec(served, examples)
+    router = make_router(served.backbone, backbone_inputs(served, examples[:2]), options)
+    fit_rows, calibration_rows = split_rows(len(images), options)
+    with GatedBackbone(served.backbone, router) as gated:
+        clean = collect(served, gated, _stream(images, fit_rows), progress)
+        calibration = collect(served, gated, _stream(images, calibration_rows), progress)
+        labelling = label_rows(images, fit_rows, clean)
+        attacked = None
+        if attack is not None and detector_named(options.detector).needs_attacks:
+            inputs = attack(images.payloads(fit_rows.tolist()), labelling.labels)
+            runs = collect_inputs(served.backbone, gated, inputs)
+            attacked = successes(runs, clean, labelling.labels)
+    data = FitData(clean, labelling.labels, attacked)
+    return assemble(
+        served.backbone, router, spec, data, calibration, labelling.names, options, labelling.facts
+    )
+
+
+def make_router(model: nn.Module, example: Tensor, options: FitOptions) -> Router:
+    """Find the sites of `model` and return the router that observes them."""
+    device = next(iter(model.state_dict().values())).device
+    sites = discover_sites(model, example.to(device), names=options.sites)
+    return router_named(options.router)(PathLayout(sites, options.statistics))  # type: ignore[call-arg]
+
+
+def split_rows(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
+    """Split row numbers at random into those to fit on and those to calibrate on."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
+    cut = count - round(count * options.calibration_share)
+    return order[:cut], order[cut:]
+
+
+def successes(attacked: Routed, clean: Routed, labels: Tensor) -> Routed:
+    """Keep the attacked runs (A x N: attack after attack) that turned a right answer into a wrong one."""
+    times = len(attacked) // len(clean)
+    right = (clean.predicted == labels).repeat(times)
+    return attacked.take(right & (attacked.predicted != labels.repeat(times)))
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """The classes of the fit rows as the network counts them, and what each class is called."""
+
+    labels: Tensor
+    names: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+def label_rows(images: ImageSet, rows: Tensor, clean: Routed) -> Labelling:
+    """Match folder names to network outputs, by what the network mostly answers for each folder.
+
+    Folders say nothing of the order of a network's outputs. Where two folders share an answer (the
+    network does not know these classes) its own answers stand in for labels.
+    """
+    classes = clean.logits.shape[1]
+    numbers = tuple(str(i) for i in range(classes))
+    own = {"labels": "the network's own answers"}
+    if images.labels is None:
+        return Labelling(clean.predicted, numbers, own)
+    folder = torch.tensor(images.labels)[rows]
+    votes = torch.zeros(len(images.class_names), classes)
+    votes.index_put_((folder, clean.predicted), torch.ones(len(rows)), accumulate=True)
+    output = votes.argmax(dim=1)
+    seen = folder.unique()
+    if len(output[seen].unique()) != len(seen):
+        return Labelling(clean.predicted, numbers, own | {"note": "folders do not match the classes"})
+    names = list(numbers)
+    for index in seen.tolist():
+        names[int(output[index])] = images.class_names[index]
+    labels = output[folder]
+    accuracy = (clean.predicted == labels).double().mean().item()
+    return Labelling(labels, tuple(names), {"labels": "folders", "accuracy": round(accuracy, 4)})
+
+
+def assemble(
+    model: nn.Module,
+    router: Router,
+    spec: InputSpec,
+    data: FitData,
+    calibration: Routed,
+    class_names: tuple[str, ...],
+    options: FitOptions,
+    facts: dict[str, Any],
+) -> Guard:
+    """Fit the detector, calibrate it on runs that it has not seen, and bind both to `model`."""
+    kind: DetectorKind = detector_named(options.detector)
+    detector = kind.recipe().fit(data, router.layout, seed=options.seed)
+    scores = detector.score(calibration)
+    return Guard(
+        fingerprint=fingerprint(model),
+        router=router,
+        detector=detector,
+        calibration=Calibration(scores, calibration.predicted),
+        class_names=class_names,
+        inputs=spec,
+        facts={
+            **facts,
+            "seed": options.seed,
+            "fit_images": len(data.clean),
+            "attacked_images": 0 if data.attacked is None else len(data.attacked),
+            "calibration_images": len(calibration),
+            "smallest_target_fpr": 1 / len(calibration),
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("pathguard", "torch", "torchserve")
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+
+
+def _stream(images: ImageSet, rows: Tensor) -> Iterable[bytes]:
+    for part in rows.split(256):
+        yield from images.payloads(part.tolist())
+
+
+def _stack(batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in batches:
+        x, y = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        inputs.append(x)
+        if y is not None:
+            labels.append(y)
+    if not inputs:
+        raise DataError("there are no batches to fit on; give a loader that yields some")
+    return torch.cat(inputs), torch.cat(labels) if len(labels) == len(inputs) else None

@@ -1,0 +1,521 @@
+"""Train a classifier of small images on a CPU or a GPU; an interrupted run resumes bit for bit.
+
+The recipe follows the fast-CIFAR literature (https://arxiv.org/abs/2404.00498): a frozen whitening
+stem, one triangle of learning rate, alternating flips, small images first, averaged weights.
+Images are `(N, 3, H, W)` uint8 throughout; networks see them as `(pixels / 255 - mean) / std`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defense.errors import ArtifactError, ConfigError, DataError
+from defense.offline.networks import Architecture, CifarResNet, Normalisation
+
+EVALUATION_BATCH = 500
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What, beside network and images, decides the weights; lengths are in pixels or epochs."""
+
+    epochs: int = 20
+    batch_size: int = 500
+    learning_rate: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float = 7e-4
+    label_smoothing: float = 0.1
+    warmup: float = 0.2
+    """Share of all steps, in (0, 1), after which the learning rate peaks."""
+    crop: int = 4
+    """Images move by up to this many pixels each way; the border mirrors them."""
+    small_epochs: int = 8
+    small_size: int = 24
+    """The first `small_epochs` epochs see images shrunk to this side."""
+    average_decay: float = 0.99
+    """Per step; the result is this exponential average of the weights."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can follow."""
+        for name in ("epochs", "batch_size", "learning_rate", "small_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("warmup", "average_decay"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images `(N, 3, H, W)` uint8 with labels `(N,)` int64 into `classes`."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> LabelledImages:
+        """Return the same images on `device`."""
+        return LabelledImages(self.pixels.to(device), self.labels.to(device), self.classes)
+
+    @cached_property
+    def normalisation(self) -> Normalisation:
+        """Return the statistics of these pixels, to four digits so that a card can state them."""
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in self.pixels.cpu().unbind(1):
+            share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+            centre = (share * values).sum()
+            mean.append(round(centre.item(), 4))
+            std.append(round((share * (values - centre) ** 2).sum().sqrt().item(), 4))
+        return Normalisation(tuple(mean), tuple(std))
+
+
+def read_images(source: Path, split: str) -> LabelledImages:
+    """Read `split/CLASS/*` of a folder or a zip file; all images must have one size."""
+    if source.is_dir():
+        return read_classes(source / split)
+    try:
+        with zipfile.ZipFile(source) as archive:
+            return read_classes(zipfile.Path(archive) / split)
+    except FileNotFoundError as error:
+        raise DataError(f"There are no images at {source}; name a folder or a zip file.") from error
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{source} is neither a folder nor a readable zip file.") from error
+
+
+def read_classes(folder: Path | zipfile.Path) -> LabelledImages:
+    """Read `CLASS/*` below `folder`, classes and files in the order of their names."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}; expected one folder per class in it.")
+    classes = [entry for entry in folder.iterdir() if entry.is_dir()]
+    classes.sort(key=lambda entry: entry.name)
+    pixels: list[Tensor] = []
+    labels: list[int] = []
+    for label, directory in enumerate(classes):
+        files = [file for file in directory.iterdir() if not file.name.startswith(".")]
+        pixels += [decode(file) for file in sorted(files, key=lambda file: file.name)]
+        labels += [label] * len(files)
+    if not pixels:
+        raise DataError(f"{folder} holds no images in folders named after their classes.")
+    sizes = {tuple(image.shape) for image in pixels}
+    if len(sizes) > 1:
+        raise DataError(f"Images of {folder} must share one size, found {sorted(sizes)}.")
+    names = tuple(entry.name for entry in classes)
+    return LabelledImages(torch.stack(pixels), torch.tensor(labels), names)
+
+
+def decode(file: Path | zipfile.Path) -> Tensor:
+    """Return one image file as `(3, H, W)` uint8."""
+    try:
+        with file.open("rb") as stream, Image.open(stream) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{file} is no readable image ({error}); remove it.") from error
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch: mean training loss, accuracy on the validation images (if any), seconds."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+    seconds: float
+
+    def line(self) -> str:
+        """Return the epoch as a line for people."""
+        accuracy = "" if self.accuracy is None else f", validation accuracy {self.accuracy:.4f}"
+        return f"epoch {self.epoch}: loss {self.loss:.4f}{accuracy}, {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy, expected calibration error (15 bins) and accuracy per class, all in [0, 1]."""
+
+    accuracy: float
+    calibration_error: float
+    per_class: dict[str, float]
+
+
+@dataclass
+class Run:
+    """Everything that changes while training; a checkpoint is exactly this."""
+
+    network: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.SGD
+    history: list[EpochRecord]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the run by name, sharing memory with the run."""
+        named = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        named |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for index, state in enumerate(self.optimizer.state.values()):
+            named[f"momentum.{index}"] = state["momentum_buffer"]
+        return named
+
+
+def train(
+    network: nn.Module,
+    images: LabelledImages,
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path,
+    validation: LabelledImages | None = None,
+    console: Console | None = None,
+) -> tuple[EpochRecord, ...]:
+    """Train `network` in place, on the device it lives on, and return what each epoch reached.
+
+    After every epoch the run is written to `checkpoint`; if that file exists, it continues there.
+    """
+    images = images.to(next(network.parameters()).device)
+    steps = steps_per_epoch(images, settings)
+    run = new_run(network, settings)
+    identity = identify(network, images, settings)
+    if checkpoint.exists():
+        restore(run, checkpoint, identity)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        done, total = len(run.history) * steps, settings.epochs * steps
+        bar = progress.add_task("training", completed=done, total=total)
+        while len(run.history) < settings.epochs:
+            record = run_epoch(
+                run, images, settings, validation, advance=partial(progress.advance, bar)
+            )
+            run.history.append(record)
+            save(run, checkpoint, identity)
+            progress.console.print(record.line())
+    network.load_state_dict(run.average.state_dict())
+    network.eval()
+    return tuple(run.history)
+
+
+def new_run(network: nn.Module, settings: TrainingSettings) -> Run:
+    """Return a run that has made no step yet; only convolution and linear weights decay."""
+    network.to(memory_format=torch.channels_last)
+    trained = [value for value in network.parameters() if value.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [value for value in trained if value.ndim > 1]},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(
+        groups,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=True,
+    )
+    for group in optimizer.param_groups:
+        for value in group["params"]:
+            optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
+    return Run(network, deepcopy(network), optimizer, [])
+
+
+def run_epoch(
+    run: Run,
+    images: LabelledImages,
+    settings: TrainingSettings,
+    validation: LabelledImages | None,
+    *,
+    advance: Callable[[], None],
+) -> EpochRecord:
+    """Train for the epoch that comes after the run's history and return its record."""
+    started, epoch = time.monotonic(), len(run.history)
+    losses = []
+    for x, labels, rate in batches(images, settings, epoch):
+        losses.append(step(run, x, labels, rate, settings))
+        advance()
+    loss = torch.stack(losses).mean().item()
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"Training diverged in epoch {epoch + 1} (its mean loss is {loss}); "
+            f"choose a learning_rate below {settings.learning_rate}."
+        )
+    accuracy = None
+    if validation is not None:
+        with torch.autocast(images.pixels.device.type, torch.bfloat16):
+            accuracy = evaluate(run.average, validation, images.normalisation).accuracy
+    return EpochRecord(epoch + 1, loss, accuracy, time.monotonic() - started)
+
+
+def steps_per_epoch(images: LabelledImages, settings: TrainingSettings) -> int:
+    """Return the number of whole batches; what is left over waits for another epoch's order."""
+    steps = len(images) // settings.batch_size
+    if steps == 0:
+        raise DataError(
+            f"Training needs at least one batch of {settings.batch_size} images, got {len(images)}."
+        )
+    return steps
+
+
+def learning_rate(progress: float, settings: TrainingSettings) -> float:
+    """Return the rate at `progress` in [0, 1] of the run: up to the peak, then down to zero."""
+    triangle = min(progress / settings.warmup, (1 - progress) / (1 - settings.warmup))
+    return settings.learning_rate * triangle
+
+
+def batches(
+    images: LabelledImages, settings: TrainingSettings, epoch: int
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield `(x, labels, learning rate)` of one epoch, all of it decided by (seed, epoch).
+
+    x: `(B, 3, S, S)` normalised float32. Every image is mirrored in every second epoch.
+    """
+    draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 1)
+    always = torch.Generator().manual_seed(settings.seed * 1_000_003)
+    mirrored = torch.rand(len(images), generator=always) < 0.5
+    mirrored ^= epoch % 2 == 1
+    steps = steps_per_epoch(images, settings)
+    order = torch.randperm(len(images), generator=draw)[: steps * settings.batch_size]
+    for number, chosen in enumerate(order.view(steps, settings.batch_size)):
+        shifts = torch.randint(-settings.crop, settings.crop + 1, (2, len(chosen)), generator=draw)
+        x = images.normalisation(shifted(images.pixels, chosen, shifts, mirrored[chosen]))
+        if epoch < settings.small_epochs:
+            x = shrunk(x, settings.small_size)
+        progress = (epoch * steps + number + 0.5) / (settings.epochs * steps)
+        yield x, images.labels[chosen.to(x.device)], learning_rate(progress, settings)
+
+
+def shifted(pixels: Tensor, chosen: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
+    """Return the `chosen` `(B,)` of `pixels` `(N, C, H, W)`, moved by `shifts` `(2, B)` pixels.
+
+    Rows and columns that come from outside of the image are those that mirror them inside.
+    """
+    height, width = pixels.shape[2:]
+    rows = reflected(shifts[0][:, None] + torch.arange(height), height)
+    columns = reflected(shifts[1][:, None] + torch.arange(width), width)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    chosen, rows, columns = (index.to(pixels.device) for index in (chosen, rows, columns))
+    moved = pixels[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
+
+
+def reflected(index: Tensor, size: int) -> Tensor:
+    """Mirror indices just outside of `range(size)` back into it."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+def shrunk(x: Tensor, side: int) -> Tensor:
+    """Return float images `(B, C, H, W)` at `(B, C, side, side)`, smoothed before sampling."""
+    return functional.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+
+
+def step(run: Run, x: Tensor, labels: Tensor, rate: float, settings: TrainingSettings) -> Tensor:
+    """Take one optimiser step on a batch and return its mean loss, a detached scalar."""
+    run.network.train()
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast(x.device.type, torch.bfloat16):
+        logits = run.network(x)
+    loss = functional.cross_entropy(
+        logits.float(), labels, label_smoothing=settings.label_smoothing
+    )
+    run.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    run.optimizer.step()
+    follow(run.average, run.network, settings.average_decay)
+    return loss.detach()
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move every weight and statistic of `average` towards `network` by `1 - decay`."""
+    current = network.state_dict()
+    for name, value in average.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(current[name], 1 - decay)
+        else:
+            value.copy_(current[name])
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: LabelledImages, normalise: Normalisation) -> Evaluation:
+    """Return how well `network`, in eval mode, knows `images`; the caller decides the precision."""
+    device = next(network.parameters()).device
+    network.eval()
+    logits = [
+        network(normalise(images.pixels[first : first + EVALUATION_BATCH].to(device))).float().cpu()
+        for first in range(0, len(images), EVALUATION_BATCH)
+    ]
+    confidence, predicted = torch.cat(logits).softmax(1).max(1)
+    labels = images.labels.cpu()
+    hits = (predicted == labels).double()
+    per_class = {
+        name: hits[labels == index].mean().item() for index, name in enumerate(images.classes)
+    }
+    return Evaluation(hits.mean().item(), calibration_error(confidence, hits), per_class)
+
+
+def calibration_error(confidence: Tensor, hits: Tensor) -> float:
+    """Return the expected calibration error of `confidence` `(N,)` in [0, 1] against 0/1 `hits`."""
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
+    gaps.index_add_(0, bins, confidence.double() - hits)
+    return gaps.abs().sum().item() / len(hits)
+
+
+@torch.no_grad()
+def whiten(network: nn.Module, images: LabelledImages) -> None:
+    """Set and freeze the first convolution: whitened directions of patches, with both signs.
+
+    The directions are the leading eigenvectors of the patches' covariance; the batch norm that
+    follows gives each of them unit variance.
+    """
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    sample = images.pixels[:: max(1, len(images) // 5000)]
+    patches = functional.unfold(images.normalisation(sample), stem.kernel_size, stride=4)
+    flat = patches.transpose(1, 2).reshape(-1, stem.weight[0].numel())
+    directions = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors.T.flip(0)
+    half = directions[: stem.out_channels // 2].view(-1, *stem.weight.shape[1:])
+    stem.weight[: len(half)] = half
+    stem.weight[len(half) : 2 * len(half)] = -half
+    stem.weight.requires_grad_(False)
+
+
+def identify(
+    network: nn.Module, images: LabelledImages, settings: TrainingSettings
+) -> dict[str, str]:
+    """Return what two runs must share for one to continue the other, as flat names and values."""
+    identity = {
+        f"shape of {name}": str(list(value.shape)) for name, value in network.state_dict().items()
+    }
+    identity |= {name: str(value) for name, value in asdict(settings).items()}
+    return identity | {"number of images": str(len(images)), "classes": ", ".join(images.classes)}
+
+
+def save(run: Run, path: Path, identity: dict[str, str]) -> None:
+    """Write the run to `path` at once: a reader finds the old file or the new one, never a part."""
+    history = json.dumps([asdict(record) for record in run.history])
+    tensors = {name: value.contiguous() for name, value in run.tensors().items()}
+    write_tensors(path, tensors, {"identity": json.dumps(identity), "history": history})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: save_file(tensors, partial, facts))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in the place of `path`."""
+    unfinished = path.with_name(path.name + ".partial")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def restore(run: Run, path: Path, identity: dict[str, str]) -> None:
+    """Bring `run` to where the checkpoint at `path` left it, if it is the same run's."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        found: dict[str, str] = json.loads(facts["identity"])
+        history = [EpochRecord(**record) for record in json.loads(facts["history"])]
+        stored = load_file(path)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is no readable training checkpoint ({error}); remove it to start again."
+        ) from error
+    for key in sorted(identity.keys() | found.keys()):
+        if identity.get(key) != found.get(key):
+            raise ArtifactError(
+                f"The checkpoint {path} belongs to another run: its {key} is {found.get(key)}, "
+                f"here it is {identity.get(key)}; remove the file or name another one."
+            )
+    tensors = run.tensors()
+    if tensors.keys() != stored.keys():
+        raise ArtifactError(
+            f"The checkpoint {path} belongs to another run: other weights were frozen in it; "
+            f"remove the file or name another one."
+        )
+    with torch.no_grad():
+        for name, value in tensors.items():
+            value.copy_(stored[name])
+    run.history[:] = history
+
+
+def train_backbone(
+    source: Path,
+    out: Path,
+    *,
+    architecture: Architecture,
+    settings: TrainingSettings,
+    checkpoint: Path,
+    command: str,
+) -> Evaluation:
+    """Train on `train/CLASS/*` of `source`, write weights and card, return the test evaluation.
+
+    `out` is the weights' file; the card has its name with `.json`. `test/CLASS/*` is measured after
+    every epoch, yet nothing is chosen by it: the last epoch is what is written.
+    """
+    images, test = read_images(source, "train"), read_images(source, "test")
+    torch.manual_seed(settings.seed)
+    network = CifarResNet(architecture)
+    whiten(network, images)
+    network.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    history = train(network, images, settings, checkpoint=checkpoint, validation=test)
+    result = evaluate(network, test, images.normalisation)
+    weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    write_tensors(out, weights, {})
+    facts: dict[str, object] = {
+        "weights": out.name,
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+        "command": command,
+        "architecture": {"network": "CifarResNet"} | asdict(architecture),
+        "parameters": sum(value.numel() for value in network.parameters()),
+        "test": {"images": len(test), "calibration_bins": CALIBRATION_BINS} | asdict(result),
+    }
+    card = json.dumps(facts | provenance(images, settings, history), indent=2) + "\n"
+    write_atomically(out.with_suffix(".json"), lambda partial: partial.write_text(card))
+    return result
+
+
+def provenance(
+    images: LabelledImages, settings: TrainingSettings, history: tuple[EpochRecord, ...]
+) -> dict[str, object]:
+    """Return what a card says about the making of a network: input, recipe, course, versions."""
+    pixels = {"shape": list(images.pixels.shape[1:]), "pixels": "RGB in [0, 1]"}
+    packages = ("torch", "safetensors", "pillow")
+    return {
+        "classes": list(images.classes),
+        "input": pixels | asdict(images.normalisation),
+        "recipe": {"optimizer": "SGD, Nesterov", "precision": "bfloat16"} | asdict(settings),
+        "training": {
+            "images": len(images),
+            "seconds": round(sum(record.seconds for record in history)),
+            "loss": [round(record.loss, 4) for record in history],
+            "test_accuracy": [record.accuracy for record in history],
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages},
+    }

@@ -1,0 +1,84 @@
+"""Frozen dataclasses to JSON and tensors, and back.
+
+Routers and detectors are frozen dataclasses of tensors, numbers, strings, tuples, sites and other
+such dataclasses; that is all that an artefact has to hold, so nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defense.errors import ArtifactError
+
+Tensors = dict[str, Tensor]
+
+
+def split(value: object, prefix: str = "") -> tuple[Any, Tensors]:
+    """Return a JSON-ready description of `value` and its tensors by dotted field name."""
+    if isinstance(value, Tensor):
+        return {"tensor": prefix}, {prefix: value.detach().cpu().contiguous()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items: Any = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif isinstance(value, (tuple, list)):
+        items = {str(index): item for index, item in enumerate(value)}
+    else:
+        return value, {}
+    described: dict[str, Any] = {}
+    tensors: Tensors = {}
+    for name, item in items.items():
+        described[name], found = split(item, f"{prefix}.{name}" if prefix else name)
+        tensors |= found
+    return (list(described.values()) if isinstance(value, (tuple, list)) else described), tensors
+
+
+def join(kind: Any, described: Any, tensors: Tensors) -> Any:
+    """Rebuild a value of type `kind` from what `split` returned; ArtifactError where it does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if described is None:
+            return None
+        return join(next(a for a in arguments if a is not types.NoneType), described, tensors)
+    if kind is Tensor:
+        if not isinstance(described, dict) or described.get("tensor") not in tensors:
+            raise ArtifactError(f"the guard lacks the tensor that it describes as {described!r}")
+        return tensors[described["tensor"]]
+    if dataclasses.is_dataclass(kind):
+        return _join_dataclass(typing.cast(type, kind), described, tensors)
+    if origin is tuple:
+        if not isinstance(described, list):
+            raise ArtifactError(f"the guard holds {described!r} where a list was expected")
+        return tuple(join(arguments[0], item, tensors) for item in described)
+    if kind is float and isinstance(described, int) and not isinstance(described, bool):
+        return float(described)
+    if not isinstance(described, kind):
+        raise ArtifactError(f"the guard holds {described!r} where {kind.__name__} was expected")
+    return described
+
+
+def _join_dataclass(kind: type, described: Any, tensors: Tensors) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(described, dict) or set(described) != names:
+        got = sorted(described) if isinstance(described, dict) else described
+        raise ArtifactError(
+            f"the guard describes {kind.__name__} with {got}; expected {sorted(names)}"
+        )
+    return kind(**{name: join(hints[name], described[name], tensors) for name in described})
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return `value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **moved)
+    if isinstance(value, tuple):
+        return tuple(to_device(item, device) for item in value)
+    return value
