@@ -162,8 +162,15 @@ def _sentence(error: ValidationError) -> str:
         return f"unknown key '{place}'{nearest(key, _keys_at(first['loc'][:-1]))}"
     message = first["msg"].removeprefix("Value error, ")
     got = first["input"]
-    shown = "" if isinstance(got, dict) else f" (got {reprlib.repr(got)})"
+    shown = "" if isinstance(got, dict) else f" (got {_short(got)})"
     return f"'{place}' is not valid{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: object) -> str:
+    """Return a value as text; YAML's references make small files of endless values."""
+    brief = reprlib.Repr()
+    brief.maxlevel = 2
+    return brief.repr(value)
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -106,6 +106,9 @@ class AttachedGuard:
             router=to_device(guard.router, self.device),
             detector=to_device(guard.detector, self.device),
         )
+        if settings.optimize:
+            # Convolutions follow their weights' layout; about the same logits, no longer the same bits.
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = GatedBackbone(model, self.guard.router)
         try:
             self._trial()

@@ -1,0 +1,1 @@
+"""Thin adapters between model servers and the gate, one server each."""

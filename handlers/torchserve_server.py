@@ -188,6 +188,7 @@ class TorchServe:
         self._progress = progress
         self._versions: dict[str, str] = {}
         self._folder = Path()
+        self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = ExitStack()
 
@@ -215,6 +216,7 @@ class TorchServe:
             resources.enter_context(_terminated_as_exception())
             self._folder = resources.enter_context(_private_folder())
             _furnish(self._folder, self.settings, properties)
+            self._log_start = self.log_file.stat().st_size if self.log_file.is_file() else 0
             command = _command(java, home, self._folder, self.log_file)
             environment = _environment(self._folder, self.settings.guard_config)
             self._process = resources.enter_context(
@@ -322,9 +324,10 @@ class TorchServe:
         return ServerError(f"{sentence} (log: {self.log_file}).")
 
     def _log(self) -> str:
-        with suppress(FileNotFoundError):
-            return self.log_file.read_text(errors="replace")
-        return ""
+        """Return what this start has logged; a given log file may go back further."""
+        content = self.log_file.read_bytes() if self.log_file.is_file() else b""
+        start = self._log_start if len(content) >= self._log_start else 0  # it was rolled over
+        return content[start:].decode(errors="replace")
 
     def _url(self, port: int) -> str:
         return f"http://{_reachable(self.settings.host)}:{port}"
@@ -376,7 +379,7 @@ def on_free_ports(settings: ServerSettings) -> ServerSettings:
 
 def _load_failure(log: str, name: str, version: str) -> str | None:
     """Return why a model cannot be loaded, as soon as the log says so: its worker has ended."""
-    if refused := re.search(rf"Failed to load model: {re.escape(name)}\.mar\n(.*)", log):
+    if refused := re.search(rf"Failed to load model: {re.escape(name)}\.mar\n(.+)", log):
         return refused[1].rstrip(".")
     thread = rf"W-\d+-{re.escape(name)}_{re.escape(version)}"
     for worker in re.findall(rf"Stopped Scanner - ({thread})-stdout", log):
@@ -464,7 +467,7 @@ def _terminated_as_exception() -> Iterator[None]:
 
 @contextmanager
 def _private_folder() -> Iterator[Path]:
-    """Yield a new folder; of a start that failed its log stays, because the error names it."""
+    """Yield a new folder; of a server that failed the log stays, because the error names it."""
     folder = Path(mkdtemp(prefix="pathguard-")).resolve()
     kept = set()
     try:
@@ -474,8 +477,9 @@ def _private_folder() -> Iterator[Path]:
                 "set TMPDIR to a shorter one."
             )
         yield folder
-    except ServerError:
-        kept.add(folder / _LOG)
+    except ServerError as error:
+        if str(folder) in str(error):
+            kept.add(folder / _LOG)
         raise
     finally:
         for path in set(folder.iterdir()) - kept:

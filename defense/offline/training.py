@@ -13,13 +13,13 @@ import math
 import os
 import platform
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,15 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from defense.errors import ArtifactError, ConfigError, DataError
+from defense.offline.data import read_images
 from defense.offline.networks import Architecture, CifarResNet, Normalisation
+from defense.offline.progress import Progress, bar
 
 EVALUATION_BATCH = 500
 CALIBRATION_BINS = 15
@@ -54,7 +55,7 @@ class TrainingSettings:
     """Share of all steps, in (0, 1), after which the learning rate peaks."""
     crop: int = 4
     """Images move by up to this many pixels each way; the border mirrors them."""
-    small_epochs: int = 8
+    small_epochs: int = 14
     small_size: int = 24
     """The first `small_epochs` epochs see images shrunk to this side."""
     average_decay: float = 0.99
@@ -100,47 +101,28 @@ class LabelledImages:
         return Normalisation(tuple(mean), tuple(std))
 
 
-def read_images(source: Path, split: str) -> LabelledImages:
-    """Read `split/CLASS/*` of a folder or a zip file; all images must have one size."""
-    if source.is_dir():
-        return read_classes(source / split)
-    try:
-        with zipfile.ZipFile(source) as archive:
-            return read_classes(zipfile.Path(archive) / split)
-    except FileNotFoundError as error:
-        raise DataError(f"There are no images at {source}; name a folder or a zip file.") from error
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{source} is neither a folder nor a readable zip file.") from error
-
-
-def read_classes(folder: Path | zipfile.Path) -> LabelledImages:
-    """Read `CLASS/*` below `folder`, classes and files in the order of their names."""
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}; expected one folder per class in it.")
-    classes = [entry for entry in folder.iterdir() if entry.is_dir()]
-    classes.sort(key=lambda entry: entry.name)
-    pixels: list[Tensor] = []
-    labels: list[int] = []
-    for label, directory in enumerate(classes):
-        files = [file for file in directory.iterdir() if not file.name.startswith(".")]
-        pixels += [decode(file) for file in sorted(files, key=lambda file: file.name)]
-        labels += [label] * len(files)
-    if not pixels:
-        raise DataError(f"{folder} holds no images in folders named after their classes.")
+def read_split(source: Path, split: str) -> LabelledImages:
+    """Decode `split/CLASS/*` of a folder or a zip file; all images must have one size."""
+    found = read_images(source / split)
+    if found.labels is None:
+        raise DataError(f"The images of {source / split} must lie in one folder per class.")
+    payloads = found.payloads(range(len(found)))
+    pixels = [decode(payload, name) for payload, name in zip(payloads, found.names, strict=True)]
     sizes = {tuple(image.shape) for image in pixels}
     if len(sizes) > 1:
-        raise DataError(f"Images of {folder} must share one size, found {sorted(sizes)}.")
-    names = tuple(entry.name for entry in classes)
-    return LabelledImages(torch.stack(pixels), torch.tensor(labels), names)
+        raise DataError(
+            f"The images of {source / split} must share one size, found {sorted(sizes)}."
+        )
+    return LabelledImages(torch.stack(pixels), torch.tensor(found.labels), found.class_names)
 
 
-def decode(file: Path | zipfile.Path) -> Tensor:
+def decode(payload: bytes, name: str) -> Tensor:
     """Return one image file as `(3, H, W)` uint8."""
     try:
-        with file.open("rb") as stream, Image.open(stream) as image:
+        with Image.open(BytesIO(payload)) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{file} is no readable image ({error}); remove it.") from error
+        raise DataError(f"{name} is no readable image ({error}); remove it.") from error
 
 
 @dataclass(frozen=True)
@@ -204,17 +186,14 @@ def train(
     identity = identify(network, images, settings)
     if checkpoint.exists():
         restore(run, checkpoint, identity)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        done, total = len(run.history) * steps, settings.epochs * steps
-        bar = progress.add_task("training", completed=done, total=total)
+    console = console or Console()
+    with bar(console, "training", settings.epochs * steps) as progress:
+        progress.advance(len(run.history) * steps)
         while len(run.history) < settings.epochs:
-            record = run_epoch(
-                run, images, settings, validation, advance=partial(progress.advance, bar)
-            )
+            record = run_epoch(run, images, settings, validation, progress)
             run.history.append(record)
             save(run, checkpoint, identity)
-            progress.console.print(record.line())
+            console.print(record.line())
     network.load_state_dict(run.average.state_dict())
     network.eval()
     return tuple(run.history)
@@ -246,15 +225,14 @@ def run_epoch(
     images: LabelledImages,
     settings: TrainingSettings,
     validation: LabelledImages | None,
-    *,
-    advance: Callable[[], None],
+    progress: Progress,
 ) -> EpochRecord:
     """Train for the epoch that comes after the run's history and return its record."""
     started, epoch = time.monotonic(), len(run.history)
     losses = []
     for x, labels, rate in batches(images, settings, epoch):
         losses.append(step(run, x, labels, rate, settings))
-        advance()
+        progress.advance()
     loss = torch.stack(losses).mean().item()
     if not math.isfinite(loss):
         raise ConfigError(
@@ -477,7 +455,7 @@ def train_backbone(
     `out` is the weights' file; the card has its name with `.json`. `test/CLASS/*` is measured after
     every epoch, yet nothing is chosen by it: the last epoch is what is written.
     """
-    images, test = read_images(source, "train"), read_images(source, "test")
+    images, test = read_split(source, "train"), read_split(source, "test")
     torch.manual_seed(settings.seed)
     network = CifarResNet(architecture)
     whiten(network, images)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -273,6 +274,18 @@ def test_the_log_is_written_where_it_is_wanted(
     assert list(scratch.iterdir()) == []
 
 
+def test_what_an_earlier_server_logged_does_not_count(
+    tmp_path: Path, archive: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("Failed to load model: tiny.mar\nModel server started.\n")
+    fake_java(tmp_path, monkeypatch, "print('no such luck')")
+    server = TorchServe(replace(settings_for(archive), log_file=log))
+    with pytest.raises(ServerError, match="TorchServe did not start"):
+        server.start()
+    assert server.log_tail() == "no such luck"
+
+
 TRACEBACK = "Traceback (most recent call last):\n  File x\n"
 
 
@@ -399,11 +412,23 @@ def test_stopping_twice_is_stopping_once(
     fake_java(tmp_path, monkeypatch, STARTED + "time.sleep(60)")
     messages: list[str] = []
     server = TorchServe(on_free_ports(ServerSettings()), progress=messages.append)
+    assert server.log_tail() == ""
     server.start()
     server.stop()
     server.stop()
-    assert messages == ["no model"]
+    assert messages[-1] == "no model"
     assert list(scratch.iterdir()) == []
+
+
+def test_a_server_is_started_from_any_thread(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_java(tmp_path, monkeypatch, STARTED + "time.sleep(60)")
+    server = TorchServe(on_free_ports(ServerSettings()))
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(server.start).result()
+    server.stop()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_an_expired_token_is_renewed(
@@ -422,7 +447,7 @@ def test_an_expired_token_is_renewed(
                 wanted = ("/token?type=inference", "Bearer master")
                 if (self.path, self.headers["Authorization"]) == wanted:
                     write("new", "2999-01-01T00:00:00.123456789Z")
-                self.send_response(200)
+                self.send_response(404 if self.path == "/models/absent" else 200)
                 self.end_headers()
 
         write("old", "2001-01-01T00:00:00.123456789Z")
@@ -437,6 +462,8 @@ def test_an_expired_token_is_renewed(
         assert server.token_header() == {"Authorization": "Bearer new"}
         with pytest.raises(ServerError, match="does not describe model 'tiny' at http"):
             server.worker_pids("tiny")
+        with pytest.raises(ServerError, match="answered GET /models/absent with status 404"):
+            server.worker_pids("absent")
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,205 @@
+"""The Prometheus rules and their runbook, held against promtool and against the exporter.
+
+What the rules do is tested in tests/prometheus/ by promtool itself; here is who runs that, and what
+promtool does not look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
+
+from defense.metrics import make_instruments
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "config" / "prometheus"
+RULE_FILES = [CONFIG / "recording_rules.yml", CONFIG / "alerts.yml"]
+RULE_TESTS = sorted((ROOT / "tests" / "prometheus").glob("*.yml"))
+RUNBOOK = ROOT / "docs" / "runbook.md"
+
+METRIC = re.compile(r"(?<![\w:])(pathguard_\w+)(?![\w:])(?:\{([^}]*)\})?")
+RECORDED = re.compile(r"\b\w+:\w+:\w+\b")
+GIVEN_BY_PROMETHEUS = {"instance", "job"}
+
+
+def rules() -> Iterator[dict[str, Any]]:
+    """Yield every rule of both files."""
+    for path in RULE_FILES:
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            yield from group["rules"]
+
+
+ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+RECORDS = {rule["record"] for rule in rules() if "record" in rule}
+every_alert = pytest.mark.parametrize("alert", ALERTS)
+
+
+class Listing(CollectorRegistry):
+    """A registry that keeps its collectors in sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectors: list[Collector] = []
+
+    def register(self, collector: Collector) -> None:
+        self.collectors.append(collector)
+        super().register(collector)
+
+
+def exported() -> dict[str, set[str]]:
+    """Return the names of all series that the exporter has, each with its labels."""
+    listing = Listing()
+    make_instruments(listing)
+    series: dict[str, set[str]] = {}
+    for collector in listing.collectors:
+        (family,) = collector.collect()
+        labels = set(getattr(collector, "_labelnames"))  # noqa: B009 - no public name exists
+        if family.type == "histogram":
+            series[f"{family.name}_bucket"] = labels | {"le"}
+            series |= {f"{family.name}_{part}": labels for part in ("sum", "count")}
+        else:
+            series[f"{family.name}_total" if family.type == "counter" else family.name] = labels
+    return series
+
+
+def blocks(language: str) -> list[str]:
+    """Return the code blocks of the runbook in one language, without their indentation."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", RUNBOOK.read_text(), re.M | re.S)
+    return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
+
+
+def runbook_anchors() -> set[str]:
+    """Return the anchors of the runbook's sections, as GitHub forms them."""
+    headings = re.findall(r"^#+ (.+)$", RUNBOOK.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def find_promtool(environment: Mapping[str, str]) -> str:
+    """Return the path of promtool; without it the test is skipped, and fails where CI=true."""
+    found = shutil.which("promtool", path=environment.get("PATH", ""))
+    if found is not None:
+        return found
+    sentence = (
+        "promtool is missing, so the alert rules are untested; install Prometheus 2.42 or newer"
+    )
+    if environment.get("CI") == "true":
+        pytest.fail(sentence)
+    pytest.skip(sentence)
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    return find_promtool(os.environ)
+
+
+def run(*command: str | Path, text: str | None = None) -> None:
+    """Run a command; its whole output is the message where it fails."""
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", RULE_FILES, ids=lambda path: path.name)
+def test_promtool_accepts_the_rules(promtool: str, path: Path) -> None:
+    run(promtool, "check", "rules", path)
+
+
+def test_promtool_accepts_the_configuration(promtool: str) -> None:
+    run(promtool, "check", "config", CONFIG / "prometheus.yml")
+
+
+@pytest.mark.parametrize("path", RULE_TESTS, ids=lambda path: path.stem)
+def test_the_rules_do_what_their_promtool_tests_say(promtool: str, path: Path) -> None:
+    run(promtool, "test", "rules", path)
+
+
+def test_a_missing_promtool_skips_and_fails_in_ci() -> None:
+    with pytest.raises(pytest.skip.Exception, match="promtool is missing"):
+        find_promtool({"PATH": ""})
+    with pytest.raises(pytest.fail.Exception, match="install Prometheus"):
+        find_promtool({"PATH": "", "CI": "true"})
+
+
+def test_the_configuration_loads_every_rule_file_and_scrapes_both_exporters() -> None:
+    config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
+    assert config["rule_files"] == [path.name for path in RULE_FILES]
+    targets = {
+        job["job_name"]: [target for group in job["static_configs"] for target in group["targets"]]
+        for job in config["scrape_configs"]
+    }
+    assert targets == {"pathguard": ["127.0.0.1:8083"], "torchserve": ["127.0.0.1:8082"]}
+
+
+@every_alert
+def test_every_alert_says_what_how_bad_and_where_to_read_on(alert: str) -> None:
+    rule = ALERTS[alert]
+    assert rule["labels"]["severity"] in ("page", "ticket")
+    assert rule["annotations"]["summary"].strip().endswith(".")
+    assert rule["annotations"]["description"].strip()
+    page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+    assert page == RUNBOOK.relative_to(ROOT).as_posix()
+    assert anchor == alert.lower()
+    assert anchor in runbook_anchors()
+
+
+@every_alert
+def test_every_alert_is_seen_firing_and_not_firing_by_a_promtool_test(alert: str) -> None:
+    fires = {
+        bool(case.get("exp_alerts"))
+        for path in RULE_TESTS
+        for test in yaml.safe_load(path.read_text())["tests"]
+        for case in test.get("alert_rule_test", [])
+        if case["alertname"] == alert
+    }
+    assert fires == {True, False}
+
+
+def test_the_page_for_an_attack_waits_for_a_minute_at_most() -> None:
+    assert ALERTS["PathGuardAttackBurst"]["for"] in ("15s", "30s", "1m")
+
+
+def test_rules_and_runbook_ask_only_for_metrics_and_labels_that_the_exporter_has() -> None:
+    series = exported()
+    texts = [str(rule["expr"]) for rule in rules()] + blocks("promql")
+    asked = [found.groups() for text in texts for found in METRIC.finditer(text)]
+    assert asked
+    for name, selector in asked:
+        assert name in series
+        labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector or ""))
+        assert labels <= series[name] | GIVEN_BY_PROMETHEUS, name
+
+
+def test_alerts_annotations_and_runbook_ask_only_for_series_that_are_recorded() -> None:
+    texts = [str(rule["expr"]) for rule in rules()] + [RUNBOOK.read_text()]
+    texts += [text for rule in ALERTS.values() for text in rule["annotations"].values()]
+    asked = {name for text in texts for name in RECORDED.findall(text)}
+    assert asked <= RECORDS
+
+
+def test_every_expression_of_the_runbook_is_valid_promql(promtool: str, tmp_path: Path) -> None:
+    lines = [line for block in blocks("promql") for line in block.splitlines() if line.strip()]
+    assert lines
+    group = {
+        "name": "runbook",
+        "rules": [{"record": f"r{i}", "expr": e} for i, e in enumerate(lines)],
+    }
+    path = tmp_path / "runbook.yml"
+    path.write_text(json.dumps({"groups": [group]}))
+    run(promtool, "check", "rules", path)
+
+
+@pytest.mark.parametrize("script", blocks("sh"))
+def test_every_command_of_the_runbook_is_valid_shell(script: str) -> None:
+    run("bash", "-n", text=script)

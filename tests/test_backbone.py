@@ -1,0 +1,215 @@
+"""One forward pass gives logits and path; the hooks only read, and they always come off."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense.backbone import GatedBackbone, ReachedBackbone, Recording, Run
+from defense.errors import GuardFailure, SiteError
+from defense.routers import Router
+from defense.routers.activation import ActivationRouter
+from defense.sites import discover_sites
+from defense.types import PathLayout, Site
+from tests.served import counted_forwards, hook_count, images_like_noise, seeded_net
+
+
+def activation_router(model: nn.Module, example: Tensor, *statistics: str) -> ActivationRouter:
+    return ActivationRouter(PathLayout(discover_sites(model, example), statistics or ("mean",)))
+
+
+@dataclass(frozen=True)
+class BrokenRouter:
+    """A router that returns too few columns, or raises."""
+
+    name: ClassVar[str] = "broken"
+    one_forward: ClassVar[bool] = True
+
+    layout: PathLayout
+    raises: bool
+
+    def reduce(self, output: Tensor, site: Site) -> Tensor:
+        if self.raises:
+            raise RuntimeError("out of memory")
+        return output.flatten(1)[:, :1]
+
+
+def test_the_path_is_the_mean_of_every_channel_site_after_site() -> None:
+    net, x = seeded_net(), images_like_noise(3, 1)
+    with GatedBackbone(net, activation_router(net, x)) as gated:
+        routed = gated.run(x)
+    stem = net.act(net.stem(x))
+    first = torch.relu(net.block.conv1(stem))
+    second = torch.relu(net.block.conv2(first) + stem)
+    expected = torch.cat([part.mean((2, 3)) for part in (stem, first, second)], dim=1)
+    torch.testing.assert_close(routed.path, expected)
+    assert torch.equal(routed.logits, net(x))
+
+
+def test_an_in_place_activation_is_seen_at_the_moment_of_its_own_call() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    sites = (Site("block.relu", 0, 12, 1), Site("block.relu", 1, 12, 1), Site("block", 0, 12, 1))
+    with GatedBackbone(net, ActivationRouter(PathLayout(sites, ("max",)))) as gated:
+        path = gated.run(x).path
+    assert not torch.equal(path[:, :12], path[:, 12:24])
+    assert torch.equal(path[:, 12:24], path[:, 24:])
+
+
+def test_every_forward_inside_a_recording_is_kept_and_none_outside() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with GatedBackbone(net, activation_router(net, x)) as gated:
+        net(x)
+        with gated.record() as recording:
+            net(x)
+            net(x[:1])
+        net(x)
+    assert [run.logits is not None and len(run.logits) for run in recording.runs] == [2, 1]
+    assert recording.runs[0].inputs is x
+
+
+def test_a_probe_stops_at_the_door_and_makes_no_forward_pass() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with GatedBackbone(net, activation_router(net, x)) as gated, counted_forwards(net) as forwards:
+        with gated.probe() as recording:
+            net(x)
+            pytest.fail("the handler went on behind its backbone")
+        assert recording.runs[0].inputs is x
+        assert recording.runs[0].logits is None
+        assert forwards == []
+        net(x)
+        assert forwards == [2]
+
+
+def test_a_handler_that_catches_exceptions_does_not_catch_the_stop_of_a_probe() -> None:
+    assert not issubclass(ReachedBackbone, Exception)
+
+
+def test_an_exception_inside_a_probe_comes_through() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with (
+        GatedBackbone(net, activation_router(net, x)) as gated,
+        pytest.raises(ValueError, match="cannot decode"),
+        gated.probe(),
+    ):
+        raise ValueError("cannot decode")
+
+
+def test_recordings_nest_and_the_outer_one_goes_on_afterwards() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with GatedBackbone(net, activation_router(net, x)) as gated:
+        with gated.record() as outer:
+            with gated.record() as inner:
+                net(x)
+            net(x)
+    assert (len(outer.runs), len(inner.runs)) == (1, 1)
+
+
+def test_two_threads_record_without_seeing_each_other() -> None:
+    net, x = seeded_net(), images_like_noise(4, 1)
+    barrier = threading.Barrier(2, timeout=30)
+    paths: dict[int, Tensor] = {}
+
+    with GatedBackbone(net, activation_router(net, x)) as gated:
+
+        def work(row: int) -> None:
+            with gated.record() as recording:
+                barrier.wait()
+                net(x[row : row + 1])
+                barrier.wait()
+            paths[row] = gated.routed(recording).path
+
+        threads = [threading.Thread(target=work, args=(row,)) for row in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = gated.run(x[:2]).path
+    torch.testing.assert_close(torch.cat([paths[0], paths[1]]), expected)
+
+
+def test_closing_takes_every_hook_off_also_after_an_exception() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    router = activation_router(net, x)
+    with pytest.raises(RuntimeError, match="channels"), GatedBackbone(net, router) as gated:
+        assert hook_count(net) > 0
+        gated.run(torch.zeros(2, 3, 8, 8))
+    assert hook_count(net) == 0
+
+
+def test_a_layout_for_another_network_is_refused_and_leaves_no_hook() -> None:
+    net = seeded_net()
+    router = ActivationRouter(PathLayout((Site("block.relo", 0, 12, 1),), ("mean",)))
+    with pytest.raises(SiteError, match=r"no module 'block\.relo' in this backbone; did you mean"):
+        GatedBackbone(net, router)
+    assert hook_count(net) == 0
+
+
+def test_a_router_that_raises_does_not_break_the_answer_and_is_a_capture_failure() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    layout = activation_router(net, x).layout
+    router: Router = BrokenRouter(layout, raises=True)
+    expected = net(x)
+    with GatedBackbone(net, router) as gated:
+        with gated.record() as recording:
+            answer = net(x)
+        assert torch.equal(answer, expected)
+        with pytest.raises(GuardFailure, match="a site could not be read: out of memory") as caught:
+            gated.routed(recording)
+    assert caught.value.stage == "capture"
+
+
+def test_a_path_of_another_length_is_a_capture_failure() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    router = BrokenRouter(activation_router(net, x).layout, raises=False)
+    with (
+        GatedBackbone(net, router) as gated,
+        pytest.raises(GuardFailure, match="the path has 3 columns; the guard expects 36"),
+    ):
+        gated.run(x)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_any_number_of_forward_passes_but_one_is_a_capture_failure(times: int) -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with GatedBackbone(net, activation_router(net, x)) as gated:
+        with gated.record() as recording:
+            for _ in range(times):
+                net(x)
+        with pytest.raises(GuardFailure, match=f"ran the backbone {times} times for one batch"):
+            gated.routed(recording)
+
+
+def test_a_site_that_the_forward_pass_did_not_reach_is_a_capture_failure_that_names_it() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    router = ActivationRouter(PathLayout((Site("act", 0, 12, 1), Site("act", 1, 12, 1)), ("mean",)))
+    with (
+        GatedBackbone(net, router) as gated,
+        pytest.raises(GuardFailure, match="site 'act#1' was not reached in the forward pass"),
+    ):
+        gated.run(x)
+
+
+@pytest.mark.parametrize("logits", [None, torch.zeros(2), torch.zeros(2, 3, 1)])
+def test_an_output_that_is_no_row_of_logits_per_request_is_a_capture_failure(
+    logits: Tensor | None,
+) -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with (
+        GatedBackbone(net, activation_router(net, x)) as gated,
+        pytest.raises(GuardFailure, match=r"did not return logits of shape \(N, K\)"),
+    ):
+        gated.routed(Recording([Run(x, logits)]))
+
+
+def test_a_backbone_that_takes_keywords_only_is_recorded_without_its_input() -> None:
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with GatedBackbone(net, activation_router(net, x)) as gated:
+        with gated.record() as recording:
+            net(x=x)
+        assert recording.runs[0].inputs is None
+        assert len(gated.routed(recording)) == 2

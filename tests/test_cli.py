@@ -1,0 +1,260 @@
+"""The commands as a person types them: results, advice, and one sentence where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from defense.archive import read_archive
+from defense.cli.app import main
+from defense.offline.demo.digits import DigitFolders, pack_digits, train_digits, write_digits
+from defense.offline.demo.digits_model import DigitsNet
+from defense.offline.progress import Silent
+from tests.archives import build_archive
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> DigitFolders:
+    return write_digits(tmp_path_factory.mktemp("cli"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def archive(digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archive") / "digits.mar"
+    pack_digits(train_digits(digits.train, seed=0, progress=Silent()), path)
+    return path
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """Run `pathguard` with arguments, in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pathguard", *map(str, arguments)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        assert code is None or isinstance(code, int)
+        return code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def guard(
+    archive: Path, digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("guard") / "guard"
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["pathguard", "fit", "--archive", archive, "--data", digits.fit, "--out", folder]
+        patch.setattr(sys, "argv", list(map(str, words)))
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return folder
+
+
+def test_a_guard_goes_from_fit_to_a_wrapped_archive_and_back(
+    run: Run, archive: Path, guard: Path, tmp_path: Path
+) -> None:
+    wrapped, original = tmp_path / "store" / "digits.mar", tmp_path / "original.mar"
+    wrapped.parent.mkdir()
+
+    code, _, said = run("wrap", archive, "--guard", guard, "--out", wrapped)
+    assert code == 0
+    assert f"Next: pathguard serve {wrapped}" in said
+    assert read_archive(wrapped).is_wrapped
+
+    code, shown, _ = run("inspect", wrapped, "--json")
+    facts = json.loads(shown)
+    assert code == 0
+    assert facts["model"] == "digits"
+    assert facts["labels"] == "folders"
+    assert facts["thresholds"]["flag"] == "p-value <= 0.01"
+    assert "needs at least 1000 calibration images" in facts["thresholds"]["reject"]
+
+    assert run("unwrap", wrapped, "--out", original)[0] == 0
+    assert original.read_bytes() == archive.read_bytes()
+
+
+def test_inspect_prints_a_table_for_people(run: Run, guard: Path) -> None:
+    code, shown, _ = run("inspect", guard)
+
+    assert code == 0
+    assert "density" in shown
+    assert "layers.3#0 (16)" in shown
+
+
+def test_the_same_seed_gives_the_same_artefact(
+    run: Run, archive: Path, digits: DigitFolders, guard: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    assert run("fit", "--archive", archive, "--data", digits.fit, "--out", again)[0] == 0
+
+    for name in ("guard.json", "tensors.safetensors"):
+        assert (again / name).read_bytes() == (guard / name).read_bytes()
+
+
+def test_evaluate_writes_a_report_with_every_promised_key(
+    run: Run, archive: Path, guard: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    words = ("--data", digits.test, "--attacks", "fgsm", "--eps", "0.1", "--limit", 120)
+    code, shown, _ = run("evaluate", "--archive", archive, "--guard", guard, *words, "--out", report)
+
+    found = json.loads(report.read_text())
+    assert code == 0
+    assert "fgsm" in shown
+    assert found["clean"]["n"] == 120
+    assert found["clean"]["accuracy"] > 0.9
+    assert set(found["clean"]["realised_fpr"]) == {"0.05", "0.01", "0.001"}
+    fgsm = found["attacks"]["fgsm"]
+    assert {"eps", "n", "success_rate", "auroc", "tpr", "guarded_success_rate"} <= set(fgsm)
+    assert fgsm["auroc"] > 0.9
+    assert found["baselines"]["max_softmax"]["fgsm"] < fgsm["auroc"]
+    assert {"seed", "versions", "fingerprint", "command"} <= set(found)
+
+
+def test_a_supervised_guard_is_fitted_with_the_attacks_that_are_named(
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    words = ("--archive", archive, "--data", digits.fit, "--limit", 300, "--detector", "supervised")
+
+    refused = run("fit", *words, "--out", tmp_path / "none")
+    fitted = run("fit", *words, "--attacks", "fgsm", "--eps", "0.1", "--out", tmp_path / "guard")
+
+    assert refused[0] == 1
+    assert "name some with --attacks" in refused[2]
+    assert not (tmp_path / "none").exists()
+    assert fitted[0] == 0
+    assert json.loads((tmp_path / "guard" / "guard.json").read_text())["facts"]["attacked_images"] > 50
+
+
+def test_unlabelled_images_will_do_and_the_output_says_so(
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, image in enumerate(sorted(digits.fit.glob("*/*.png"))[:240]):
+        (flat / f"{number}.png").write_bytes(image.read_bytes())
+
+    code, _, said = run("fit", "--archive", archive, "--data", flat, "--out", tmp_path / "guard")
+
+    assert code == 0
+    assert "labels: the network's own answers" in said
+
+
+def test_doctor_says_what_it_found(run: Run, archive: Path) -> None:
+    code, shown, said = run("doctor", archive)
+
+    assert code == 0
+    assert "can be guarded: DigitsNet, 7 sites" in shown
+    assert "Next: pathguard fit" in said
+
+
+def test_doctor_and_wrap_refuse_torchscript_in_a_clear_sentence(
+    run: Run, guard: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "model.pt"
+    torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).save(str(weights))
+    scripted = build_archive(tmp_path, serialized_file=weights, name="scripted")
+
+    code, shown, _ = run("doctor", scripted)
+    refused = run("wrap", scripted, "--guard", guard, "--out", tmp_path / "out.mar")
+
+    assert code == 1
+    assert "TorchScript" in shown
+    assert refused[0] == 1
+    assert "TorchScript" in refused[2]
+    assert not (tmp_path / "out.mar").exists()
+
+
+def test_a_guard_for_other_weights_is_refused_and_names_both_fingerprints(
+    run: Run, guard: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    other = tmp_path / "other.mar"
+    pack_digits(DigitsNet(), other)
+
+    code, _, said = run("wrap", other, "--guard", guard, "--out", tmp_path / "out.mar")
+
+    assert code == 1
+    assert "the guard was fitted for the backbone" in said
+    assert "fit a guard for these weights" in said
+    assert not (tmp_path / "out.mar").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--data", "{one}"), "are of one class"),
+        (("--data", "{missing}"), "there is no data at"),
+        (("--data", "{empty}"), "no images under"),
+        (("--detector", "densty"), "did you mean 'density'?"),
+        (("--router", "activatio"), "did you mean 'activation'?"),
+        (("--sites", "layers.33"), "did you mean 'layers.3'?"),
+        (("--statistics", "median"), "no statistic 'median'"),
+        (("--detector", "supervised", "--attacks", "pdg"), "did you mean 'pgd'?"),
+        (("--detector", "supervised", "--attacks", "pgd", "--eps", "8/0"), "is no change of a pixel"),
+    ],
+)
+def test_a_fit_that_cannot_be_done_is_one_sentence_and_leaves_nothing(
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "only").mkdir(parents=True)
+    image = next(digits.fit.glob("*/*.png"))
+    (tmp_path / "one" / "only" / "1.png").write_bytes(image.read_bytes())
+    places = {name: tmp_path / name for name in ("one", "missing", "empty")}
+    given = [word.format(**places) for word in words]
+    data = () if "--data" in words else ("--data", digits.fit)
+
+    code, _, said = run(
+        "fit", "--archive", archive, *data, *given, "--out", tmp_path / "guard", "--limit", 150
+    )
+
+    assert code == 1
+    assert sentence in said
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "guard").exists()
+
+
+def test_a_mistake_in_the_configuration_is_one_sentence(
+    run: Run, archive: Path, guard: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "guard.yaml"
+    config.write_text("defaults: {rejekt: {target_fpr: 0.01}}")
+
+    code, _, said = run(
+        "wrap", archive, "--guard", guard, "--config", config, "--out", tmp_path / "out.mar"
+    )
+
+    assert code == 1
+    assert "unknown key 'defaults.rejekt'; did you mean 'reject'?" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "fit", "wrap", "unwrap", "serve", "doctor", "inspect", "evaluate", "bench"],
+)
+def test_every_command_teaches_with_an_example(run: Run, command: str) -> None:
+    code, shown, _ = run(command, "--help")
+
+    assert code == 0
+    assert f"Example: pathguard {command}" in shown.replace("`", "")
