@@ -23,7 +23,7 @@ from defense.detectors import detector_named
 from defense.errors import ArtifactError, PathGuardError
 from defense.guard import Guard, InputSpec
 from defense.routers import router_named
-from defense.state import join, split
+from defense.state import Tensors, join, split
 
 SCHEMA = 1
 JSON_NAME = "guard.json"
@@ -40,7 +40,7 @@ def save_guard(guard: Guard, folder: Path) -> None:
         "calibration": guard.calibration,
     }
     described: dict[str, Any] = {}
-    tensors = {}
+    tensors: Tensors = {}
     for name, part in parts.items():
         described[name], found = split(part, name)
         tensors |= found
@@ -112,7 +112,9 @@ def _read_json(folder: Path) -> dict[str, Any]:
 def _read(path: Path, limit: int) -> bytes:
     try:
         if path.is_symlink() or path.stat().st_size > limit:
-            raise ArtifactError(f"{path} is a link or over {limit} bytes; expected a guard's own file")
+            raise ArtifactError(
+                f"{path} is a link or over {limit} bytes; expected a guard's own file"
+            )
         return path.read_bytes()
     except OSError as error:
         raise ArtifactError(
@@ -124,7 +126,9 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
     folder = folder.absolute()
     try:
         if folder.exists() and not (folder / JSON_NAME).exists() and any(folder.iterdir()):
-            raise ArtifactError(f"{folder} exists and holds no guard; name an empty or a new folder")
+            raise ArtifactError(
+                f"{folder} exists and holds no guard; name an empty or a new folder"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         _exchange(folder, files)
     except OSError as error:

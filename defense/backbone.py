@@ -7,7 +7,7 @@ them answers as it did before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -76,7 +76,10 @@ class GatedBackbone:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -95,10 +98,8 @@ class GatedBackbone:
     def probe(self) -> Iterator[Recording]:
         """Stop every forward pass inside the block at its input; `runs` then holds the inputs."""
         with self._recorded(Recording(stop_at_input=True)) as recording:
-            try:
+            with suppress(ReachedBackbone):
                 yield recording
-            except ReachedBackbone:
-                pass
 
     @contextmanager
     def _recorded(self, recording: Recording) -> Iterator[Recording]:

@@ -38,8 +38,12 @@ class Strict(BaseModel):
 class Rule(Strict):
     """When a tier applies: at a target false-positive rate, or from a raw score on."""
 
-    target_fpr: Rate | None = Field(default=None, description="share of clean requests that may be hit")
-    score: float | None = Field(default=None, description="raw detector score from which the tier applies")
+    target_fpr: Rate | None = Field(
+        default=None, description="share of clean requests that may be hit"
+    )
+    score: float | None = Field(
+        default=None, description="raw detector score from which the tier applies"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -64,8 +68,10 @@ class SecondLook(Strict):
 class Limits(Strict):
     """What one request may cost before it is decoded."""
 
-    max_bytes: Annotated[int, Field(ge=1)] = 6_000_000
-    max_pixels: Annotated[int, Field(ge=1)] = 25_000_000
+    max_bytes: Annotated[int, Field(ge=1)] = Field(6_000_000, description="of a request's body")
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        25_000_000, description="of an image, by its header, before it is decoded"
+    )
 
 
 class ModelSettings(Strict):
@@ -76,35 +82,49 @@ class ModelSettings(Strict):
         description="off: not scored; shadow: scored and counted, answers untouched; "
         "flag: suspicious answers carry headers; enforce: suspicious requests are refused",
     )
-    flag: TierRule = TierRule(target_fpr=0.01)
-    reject: TierRule = TierRule(target_fpr=0.001)
+    flag: TierRule = Field(
+        TierRule(target_fpr=0.01),
+        description="share of clean requests that may be flagged (`target_fpr`), or a raw `score`; "
+        "`per_class` holds exceptions by predicted class",
+    )
+    reject: TierRule = Field(TierRule(target_fpr=0.001), description="the same for refusals")
     reject_status: Annotated[int, Field(ge=400, le=499)] = Field(
         default=403, description="HTTP status of a refusal; 4xx, because 5xx is retried blindly"
     )
     on_error: Literal["open", "closed"] = Field(
-        default="open", description="when the guard fails: open answers and counts, closed refuses (503)"
+        default="open",
+        description="when the guard fails: open answers and counts, closed refuses (503)",
     )
     expose_score: bool = Field(
         default=False, description="send p-value and score to clients; an attacker would thank you"
     )
-    second_look: SecondLook = SecondLook()
-    optimize: bool = Field(default=False, description="give up bit-identical answers for speed")
+    second_look: SecondLook = Field(
+        default=SecondLook(),
+        description="when a guard that carries a second look may spend extra passes; none here does yet",
+    )
+    optimize: bool = Field(
+        default=False,
+        description="channels-last weights: faster convolutions, logits equal to rounding instead of "
+        "to the bit; from the next start on",
+    )
     limits: Limits = Limits()
 
 
 class MetricsSettings(Strict):
     """Where Prometheus finds the metrics."""
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = 8083
+    host: str = Field("127.0.0.1", description="address of the exporter; from the next start on")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8083, description="its port")
 
 
 class Settings(Strict):
     """All of `guard.yaml`."""
 
-    version: Literal[1] = 1
+    version: Literal[1] = Field(1, description="of this file's format")
     defaults: ModelSettings = ModelSettings()
-    models: Annotated[dict[str, ModelSettings], BeforeValidator(_text_keys)] = Field(default_factory=dict)
+    models: Annotated[dict[str, ModelSettings], BeforeValidator(_text_keys)] = Field(
+        default_factory=dict, description="a model's own keys, laid over `defaults`"
+    )
     metrics: MetricsSettings = MetricsSettings()
 
     def for_model(self, name: str) -> ModelSettings:
@@ -138,7 +158,9 @@ def read_settings(path: Path) -> Settings:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; give a readable YAML file") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; give a readable YAML file"
+        ) from error
     return parse_settings(content, where=str(path))
 
 

@@ -104,7 +104,7 @@ class Exporter:
 
     def _serve(self) -> None:
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=str(self._folder))  # type: ignore[no-untyped-call]
+        MultiProcessCollector(registry, path=str(self._folder))
         complained = False
         while not self._stopped.is_set():
             try:

@@ -16,5 +16,5 @@ def fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy())
+        digest.update(raw.numpy().data)
     return digest.hexdigest()

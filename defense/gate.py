@@ -177,7 +177,9 @@ class _Batch:
         with self.metrics.timed("score"):
             routed = self.attached.backbone.routed(recording)
             if len(routed) != count:
-                raise GuardFailure("rows", f"the backbone ran {len(routed)} rows for {count} requests")
+                raise GuardFailure(
+                    "rows", f"the backbone ran {len(routed)} rows for {count} requests"
+                )
             if self._wrong_shape(recording.runs[0].inputs):
                 return [Outcome(invalid=InvalidReason.WRONG_SHAPE)] * count
             finite = (routed.path.isfinite().all(1) & routed.logits.isfinite().all(1)).cpu()

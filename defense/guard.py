@@ -31,7 +31,9 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ArtifactError(f"the guard names the unknown input type '{self.dtype}'; fit it again")
+            raise ArtifactError(
+                f"the guard names the unknown input type '{self.dtype}'; fit it again"
+            )
 
     def accepts(self, inputs: Tensor) -> bool:
         """Say whether rows of `inputs` (N, ...) have this shape."""
@@ -75,9 +77,7 @@ class Guard:
             raise GuardFailure("score", "the detector gave a score that is no finite number")
         return self.calibration.rank(score, routed.predicted)
 
-    def attach(
-        self, model: nn.Module, settings: ModelSettings | None = None
-    ) -> AttachedGuard:
+    def attach(self, model: nn.Module, settings: ModelSettings | None = None) -> AttachedGuard:
         """Hook this guard to the backbone that it was fitted for, on that backbone's device.
 
         Raises ArtifactError for any other backbone, and where a trial run gives another path.
@@ -107,8 +107,8 @@ class AttachedGuard:
             detector=to_device(guard.detector, self.device),
         )
         if settings.optimize:
-            # Convolutions follow their weights' layout; about the same logits, no longer the same bits.
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Convolutions follow their weights' layout: logits equal to rounding, not to the bit.
+            model.to(memory_format=torch.channels_last)
         self.backbone = GatedBackbone(model, self.guard.router)
         try:
             self._trial()
@@ -120,7 +120,10 @@ class AttachedGuard:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -161,4 +164,3 @@ def check_backbone(guard: Guard, model: nn.Module) -> None:
             f"the guard was fitted for the backbone {guard.fingerprint[:16]} and this one is "
             f"{found[:16]}; fit a guard for these weights with 'pathguard fit'"
         )
-

@@ -50,7 +50,7 @@ class Instruments:
 
 
 def make_instruments(registry: CollectorRegistry) -> Instruments:
-    """Register the instruments. Every verdict, reason, stage and result exists at zero from then on."""
+    """Register the instruments; every verdict, reason, stage and result exists at zero."""
 
     def counter(name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(f"pathguard_{name}", text, labels, registry=registry)
@@ -109,7 +109,8 @@ class ModelMetrics:
         self._instruments = instruments
         self._model = model
         self._verdicts = {
-            verdict: instruments.requests.labels(model, version, verdict.value) for verdict in Verdict
+            verdict: instruments.requests.labels(model, version, verdict.value)
+            for verdict in Verdict
         }
         self._invalid = {
             reason: instruments.invalid.labels(model, reason.value) for reason in InvalidReason

@@ -78,9 +78,7 @@ def target_fpr(tier: Tier, calibration: Calibration) -> float:
     return calibration.implied_fpr(tier.rule.score)
 
 
-def _tier(
-    name: str, rule: TierRule, calibration: Calibration, class_names: Sequence[str]
-) -> Tier:
+def _tier(name: str, rule: TierRule, calibration: Calibration, class_names: Sequence[str]) -> Tier:
     if rule.target_fpr is not None:
         calibration.check_target(rule.target_fpr)
     exceptions: dict[int, Rule] = {}
@@ -97,4 +95,6 @@ def _class_index(name: str, class_names: Sequence[str], *, where: str) -> int:
         return class_names.index(name)
     if name.isdecimal() and int(name) < len(class_names):
         return int(name)
-    raise ConfigError(f"{where} names the class '{name}', which the guard lacks{nearest(name, class_names)}")
+    raise ConfigError(
+        f"{where} names the class '{name}', which the guard lacks{nearest(name, class_names)}"
+    )

@@ -14,20 +14,26 @@ from torch import Tensor, nn
 from defense.errors import SiteError, nearest
 from defense.types import Site
 
-ACTIVATIONS = tuple(
-    getattr(nn, name)
-    for name in (
-        "ReLU ReLU6 LeakyReLU PReLU RReLU ELU CELU SELU GELU SiLU Mish Hardswish Softplus Softsign "
-        "Sigmoid Tanh Hardtanh Hardsigmoid LogSigmoid Softshrink Hardshrink Tanhshrink Threshold"
-    ).split()
+_ACTIVATION_NAMES = """
+    ReLU ReLU6 LeakyReLU PReLU RReLU ELU CELU SELU GELU SiLU Mish Hardswish Softplus Softsign
+    Sigmoid Tanh Hardtanh Hardsigmoid LogSigmoid Softshrink Hardshrink Tanhshrink Threshold
+"""
+ACTIVATIONS = tuple(getattr(nn, name) for name in _ACTIVATION_NAMES.split())
+MAPS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GroupNorm,
 )
-MAPS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 TOKENS = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one module in the traced pass; `mixer` is the last weighted layer that ran before."""
+    """One call of one module in the traced pass; `mixer` is the last weighted layer before."""
 
     name: str
     module: nn.Module

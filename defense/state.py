@@ -38,7 +38,7 @@ def split(value: object, prefix: str = "") -> tuple[Any, Tensors]:
 
 
 def join(kind: Any, described: Any, tensors: Tensors) -> Any:
-    """Rebuild a value of type `kind` from what `split` returned; ArtifactError where it does not fit."""
+    """Rebuild a value of type `kind` from what `split` returned, or raise ArtifactError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if described is None:
@@ -77,7 +77,9 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        moved = {
+            f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)
+        }
         return dataclasses.replace(value, **moved)
     if isinstance(value, tuple):
         return tuple(to_device(item, device) for item in value)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class PathLayout:
         stops: list[int] = [0]
         for site in self.sites:
             stops.append(stops[-1] + site.channels * len(self.statistics))
-        return tuple(slice(a, b) for a, b in zip(stops, stops[1:], strict=False))
+        return tuple(slice(a, b) for a, b in pairwise(stops))
 
     @property
     def length(self) -> int:
@@ -95,7 +96,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class FitData:
-    """Runs to fit a detector on: clean ones with their labels (N,), attacked ones where there are any."""
+    """Runs to fit a detector on: clean ones, their labels (N,), attacked ones where there are any."""
 
     clean: Routed
     labels: Tensor

@@ -143,7 +143,9 @@ class TorchServeGuard:
         settings = self._gate.settings
         if outcome.failure is not None:
             logger.warning("the archive's handler failed: %s", type(outcome.failure).__name__)
-            return _refuse(context, row, HTTPStatus.SERVICE_UNAVAILABLE, "failed", "The prediction failed.")
+            return _refuse(
+                context, row, HTTPStatus.SERVICE_UNAVAILABLE, "failed", "The prediction failed."
+            )
         if outcome.invalid is not None:
             status = INVALID_STATUS.get(outcome.invalid, HTTPStatus.BAD_REQUEST)
             title = TITLES[outcome.invalid]
@@ -193,7 +195,8 @@ def _payload(row: dict[str, Any]) -> object:
 def _refuse(
     context: Context, row: int, status: HTTPStatus, verdict: str, title: str, reason: str = ""
 ) -> bytes:
-    """Set a refusal and return its body. Nothing here comes from the request."""
+    """Set a refusal and return its body. Nothing here comes from the request, or from the handler."""
+    context.get_response_headers(row).clear()
     context.set_response_status(code=status.value, phrase=status.phrase, idx=row)
     context.set_response_content_type(row, PROBLEM)
     context.set_response_header(row, VERDICT_HEADER, verdict)

@@ -20,7 +20,7 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import TsModelLoader
 from ts.utils.util import get_yaml_config
 
-from defense.archive import Archive, extract_archive, read_archive
+from defense.archive import Archive, archive_obstacles, extract_archive, read_archive
 from defense.errors import ArchiveError
 
 Handle = Callable[[Any, Context], Any]
@@ -107,13 +107,13 @@ def _modules_in(owner: object, *, depth: int) -> dict[str, nn.Module]:
     for name, value in attributes.items():
         if isinstance(value, nn.Module):
             found[name] = value
-        elif depth and _own_object(value, owner):
+        elif depth and _own_object(value):
             inner = _modules_in(value, depth=depth - 1)
             found |= {f"{name}.{inner_name}": module for inner_name, module in inner.items()}
     return found
 
 
-def _own_object(value: object, owner: object) -> bool:
+def _own_object(value: object) -> bool:
     """Say whether `value` is an instance of a class of the archive (or of the handler's base)."""
     if inspect.ismodule(value) or inspect.isclass(value) or callable(value):
         return False
@@ -153,7 +153,7 @@ class _Request:
     def get_request_properties(self) -> dict[str, str]:
         return {}
 
-    def report_status(self, _code: int, reason_phrase: str | None = None) -> None:
+    def report_status(self, _code: int, **_phrase: str) -> None:
         return None
 
     def add_response_property(self, key: str, value: str) -> None:
@@ -171,13 +171,13 @@ def open_archive(path: Path, folder: Path, *, gpu: int | None = None) -> Iterato
     end, so that several archives can be opened one after the other.
     """
     archive = read_archive(path)
-    if archive.is_wrapped:
-        raise ArchiveError(f"{path} is guarded already; give the original, or unwrap it first")
+    if obstacles := archive_obstacles(archive):
+        raise ArchiveError(obstacles[0])
     extract_archive(path, folder)
     context = _offline_context(archive, folder, gpu)
     with _imports_from(folder), _quiet("ts"):
         try:
-            inner = load_inner(archive.handler, archive.manifest, context)
+            inner = load_inner(str(archive.handler), archive.manifest, context)
         except ArchiveError:
             raise
         except Exception as error:
@@ -189,7 +189,8 @@ def open_archive(path: Path, folder: Path, *, gpu: int | None = None) -> Iterato
 
 
 def _offline_context(archive: Archive, folder: Path, gpu: int | None) -> Context:
-    settings = archive.manifest["model"].get("configFile")
+    model = archive.manifest["model"]
+    settings = model.get("configFile") if isinstance(model, dict) else None
     metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
     metrics.initialize_cache()
     return Context(

@@ -34,9 +34,7 @@ def archive(digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run `pathguard` with arguments, in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
@@ -56,9 +54,7 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def guard(
-    archive: Path, digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def guard(archive: Path, digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard") / "guard"
     with pytest.MonkeyPatch.context() as patch:
         words = ["pathguard", "fit", "--archive", archive, "--data", digits.fit, "--out", folder]
@@ -115,7 +111,9 @@ def test_evaluate_writes_a_report_with_every_promised_key(
 ) -> None:
     report = tmp_path / "report.json"
     words = ("--data", digits.test, "--attacks", "fgsm", "--eps", "0.1", "--limit", 120)
-    code, shown, _ = run("evaluate", "--archive", archive, "--guard", guard, *words, "--out", report)
+    code, shown, _ = run(
+        "evaluate", "--archive", archive, "--guard", guard, *words, "--out", report
+    )
 
     found = json.loads(report.read_text())
     assert code == 0
@@ -142,7 +140,9 @@ def test_a_supervised_guard_is_fitted_with_the_attacks_that_are_named(
     assert "name some with --attacks" in refused[2]
     assert not (tmp_path / "none").exists()
     assert fitted[0] == 0
-    assert json.loads((tmp_path / "guard" / "guard.json").read_text())["facts"]["attacked_images"] > 50
+    assert (
+        json.loads((tmp_path / "guard" / "guard.json").read_text())["facts"]["attacked_images"] > 50
+    )
 
 
 def test_unlabelled_images_will_do_and_the_output_says_so(
@@ -210,11 +210,19 @@ def test_a_guard_for_other_weights_is_refused_and_names_both_fingerprints(
         (("--sites", "layers.33"), "did you mean 'layers.3'?"),
         (("--statistics", "median"), "no statistic 'median'"),
         (("--detector", "supervised", "--attacks", "pdg"), "did you mean 'pgd'?"),
-        (("--detector", "supervised", "--attacks", "pgd", "--eps", "8/0"), "is no change of a pixel"),
+        (
+            ("--detector", "supervised", "--attacks", "pgd", "--eps", "8/0"),
+            "is no change of a pixel",
+        ),
     ],
 )
 def test_a_fit_that_cannot_be_done_is_one_sentence_and_leaves_nothing(
-    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path, words: tuple[str, ...], sentence: str
+    run: Run,
+    archive: Path,
+    digits: DigitFolders,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    sentence: str,
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "one" / "only").mkdir(parents=True)

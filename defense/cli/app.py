@@ -225,7 +225,9 @@ def serve(
     ):
         status.stop()
         console.print(f"Predictions: {server.inference_url}/predictions/{models[0].name}")
-        console.print(f"Guard's metrics: http://{settings.metrics.host}:{settings.metrics.port}/metrics")
+        console.print(
+            f"Guard's metrics: http://{settings.metrics.host}:{settings.metrics.port}/metrics"
+        )
         console.print(f"Log: {server.log_file}")
         if token_auth:
             console.print(f"Tokens: {server.key_file}")
@@ -335,9 +337,11 @@ def bench(
 def _opened(archive: Path) -> Iterator[Any]:
     from handlers.torchserve_inner import open_archive
 
-    with tempfile.TemporaryDirectory(prefix="pathguard-") as folder:
-        with open_archive(archive.absolute(), Path(folder)) as served:
-            yield served
+    with (
+        tempfile.TemporaryDirectory(prefix="pathguard-") as folder,
+        open_archive(archive.absolute(), Path(folder)) as served,
+    ):
+        yield served
 
 
 def _fit_attack(served: Any, names: str, eps: float, seed: int) -> Any:
@@ -359,7 +363,9 @@ def _eps(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         value = -1.0
     if not 0 < value <= 1:
-        raise ConfigError(f"--eps '{text}' is no change of a pixel; give 0.03 or 8/255, for instance")
+        raise ConfigError(
+            f"--eps '{text}' is no change of a pixel; give 0.03 or 8/255, for instance"
+        )
     return value
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +33,13 @@ from defense.offline.pixels import find_pixel_space
 from defense.offline.progress import bar
 from handlers.torchserve import HANDLER_SOURCE
 from handlers.torchserve_inner import open_archive
-from handlers.torchserve_server import ServedModel, ServerSettings, TorchServe, free_port, on_free_ports
+from handlers.torchserve_server import (
+    ServedModel,
+    ServerSettings,
+    TorchServe,
+    free_port,
+    on_free_ports,
+)
 
 EPS = 0.1
 """Largest change of a pixel by FGSM and PGD; usual for digits, where strokes differ by more."""
@@ -122,7 +128,9 @@ def _prepare(console: Console, work: Path, seed: int, summary: Summary) -> list[
     with open_archive(stock, work / "unpacked") as served:
         with bar(console, "Fitting a guard", len(images)) as progress:
             options = FitOptions(seed=seed)
-            save_guard(fit_archive(served, images, options=options, progress=progress), work / "guard")
+            save_guard(
+                fit_archive(served, images, options=options, progress=progress), work / "guard"
+            )
         traffic = _traffic(console, served, test, seed, summary)
     wrap_archive(
         stock,
@@ -148,7 +156,9 @@ def _traffic(
     traffic = [Traffic("clean", payloads)]
     with bar(console, "Attacking", len(ATTACKS)) as progress:
         for name in ATTACKS:
-            attacked = make_attack(name, eps=EPS).run(model, pixels[right], labels[right], seed=seed)
+            attacked = make_attack(name, eps=EPS).run(
+                model, pixels[right], labels[right], seed=seed
+            )
             answers = labels[right].tolist()
             traffic.append(Traffic(f"{name} attack", space.pngs(attacked), answers, attacked=True))
             progress.advance()
@@ -184,10 +194,12 @@ def _served(console: Console, work: Path, config: Path) -> Iterator[TorchServe]:
         ServedModel("digits-guarded", work / "digits-guarded.mar", batch_size=8),
     )
     settings = on_free_ports(ServerSettings(models=models, guard_config=config))
-    with console.status("Starting TorchServe") as status:
-        with TorchServe(settings, progress=lambda text: status.update(f"TorchServe: {text}")) as server:
-            status.stop()
-            yield server
+    with (
+        console.status("Starting TorchServe") as status,
+        TorchServe(settings, progress=lambda text: status.update(f"TorchServe: {text}")) as server,
+    ):
+        status.stop()
+        yield server
 
 
 def _attack(
@@ -209,15 +221,20 @@ def _row(part: Traffic, stock: Sequence[Answer], guarded: Sequence[Answer]) -> R
         accepted=verdicts["accept"],
         flagged=verdicts["flag"],
         rejected=verdicts["reject"],
-        invalid=verdicts["invalid"] + sum(a.verdict == "" and 400 <= a.status < 500 for a in guarded),
+        invalid=verdicts["invalid"]
+        + sum(a.verdict == "" and 400 <= a.status < 500 for a in guarded),
         errors_5xx=sum(answer.status >= 500 for answer in guarded),
     )
     if part.attacked and part.labels is not None:
-        fooled = [a.status == 200 and a.body != str(y) for a, y in zip(stock, part.labels, strict=True)]
+        fooled = [
+            a.status == 200 and a.body != str(y) for a, y in zip(stock, part.labels, strict=True)
+        ]
         through = [
             a.status == 200 and a.body != str(y) for a, y in zip(guarded, part.labels, strict=True)
         ]
-        caught = [g.verdict in ("flag", "reject") for g, f in zip(guarded, fooled, strict=True) if f]
+        caught = [
+            g.verdict in ("flag", "reject") for g, f in zip(guarded, fooled, strict=True) if f
+        ]
         row.stock_success = round(sum(fooled) / len(fooled), 4)
         row.guarded_success = round(sum(through) / len(through), 4)
         row.detected = round(sum(caught) / max(1, len(caught)), 4)
@@ -245,7 +262,10 @@ def _metrics(url: str) -> dict[str, float]:
     """Return the counters that moved."""
     text = httpx.get(url).text
     return {
-        sample.name + "{" + ",".join(f"{k}={v}" for k, v in sample.labels.items()) + "}": sample.value
+        sample.name
+        + "{"
+        + ",".join(f"{k}={v}" for k, v in sample.labels.items())
+        + "}": sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name.endswith("_total") and sample.value
@@ -283,7 +303,7 @@ def _keep(console: Console, server: TorchServe, port: int, work: Path) -> None:
         f"curl -i -H 'Authorization: {token}' -d nonsense "
         f"{server.inference_url}/predictions/digits-guarded",
         f"curl http://127.0.0.1:{port}/metrics",
-        f"sed -i 's/target_fpr: {REJECT}/target_fpr: 0.5/' {work / 'guard.yaml'}   # takes effect at once",
+        f"sed -i 's/target_fpr: {REJECT}/target_fpr: 0.5/' {work / 'guard.yaml'}",
     )
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -52,14 +52,20 @@ def _facts(guard: Guard, config: Path | None) -> dict[str, Any]:
 
 def _threshold(guard: Guard, settings: Any, tier: str) -> str:
     """Return a tier in words, or why the guard cannot keep it."""
-    only = settings.model_copy(update={"flag": getattr(settings, tier), "reject": getattr(settings, tier)})
+    only = settings.model_copy(
+        update={"flag": getattr(settings, tier), "reject": getattr(settings, tier)}
+    )
     try:
         policy = make_policy(only, guard.calibration, guard.class_names)
     except PathGuardError as error:
         return str(error)
     rule = getattr(policy, tier).rule
     rate = target_fpr(getattr(policy, tier), guard.calibration)
-    return f"score >= {rule.score:g} (target rate {rate:.4g})" if rule.score else f"p-value <= {rate:g}"
+    return (
+        f"score >= {rule.score:g} (target rate {rate:.4g})"
+        if rule.score
+        else f"p-value <= {rate:g}"
+    )
 
 
 def print_guard(out: Console, facts: dict[str, Any]) -> None:
@@ -68,7 +74,9 @@ def print_guard(out: Console, facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if name == "path":
             names = [f"{site['name']} ({site['channels']})" for site in value["sites"]]
-            text = f"{value['columns']} columns ({', '.join(value['statistics'])}): {', '.join(names)}"
+            text = (
+                f"{value['columns']} columns ({', '.join(value['statistics'])}): {', '.join(names)}"
+            )
         elif isinstance(value, dict):
             text = "\n".join(f"{key}: {item}" for key, item in value.items())
         elif isinstance(value, list):
@@ -82,14 +90,18 @@ def print_guard(out: Console, facts: dict[str, Any]) -> None:
 def print_report(out: Console, report: dict[str, Any]) -> None:
     """Print an evaluation report as two tables."""
     clean = report["clean"]
-    rates = ", ".join(f"{_percent(v)} at {k}" for k, v in clean["realised_fpr"].items() if v is not None)
+    rates = ", ".join(
+        f"{_percent(v)} at {k}" for k, v in clean["realised_fpr"].items() if v is not None
+    )
     out.print(
         f"Clean: {clean['n']} images, accuracy {_percent(clean['accuracy'])}, false positives {rates}."
     )
     if not report["attacks"]:
         return
     baselines = report["baselines"]
-    table = Table("attack", "n", "success", "AUROC", "TPR at 5 %", "TPR at 1 %", "success when guarded")
+    table = Table(
+        "attack", "n", "success", "AUROC", "TPR at 5 %", "TPR at 1 %", "success when guarded"
+    )
     for name in baselines:
         table.add_column(f"AUROC {name.replace('_', ' ')}")
     for name, row in report["attacks"].items():

@@ -15,7 +15,7 @@ from defense.types import FitData, PathLayout, Routed
 
 
 class Detector(Protocol):
-    """A fitted detector: a frozen dataclass whose fields are all that it learnt (see `defense.state`)."""
+    """A fitted detector: a frozen dataclass whose fields are all that it learnt."""
 
     name: ClassVar[str]
 

@@ -7,7 +7,9 @@ those directions miss (Lee et al. 2018 per layer, with the residual of Wang et a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,10 +21,13 @@ from defense.detectors.gaussian import (
     fit_class_gaussian,
     fit_standardiser,
 )
+from defense.detectors.stacks import SiteStacks, pad, stack_sites
 from defense.types import FitData, PathLayout, Routed
 
 DISTANCE_FLOOR = 1e-4
 IMAGES_PER_DIRECTION = 32
+ROWS = 256
+"""Requests that are judged at once: bounds the memory that fitting takes."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,6 @@ class SiteDensity:
     directions: Tensor
     gaussian: ClassGaussian
 
-    def distances(self, path: Tensor, label: Tensor) -> Tensor:
-        """Return log-distances (N, 2) of site paths (N, d): within the directions and off them."""
-        x = self.standardise(path)
-        inside = x @ self.directions
-        off = (x.square().sum(1) - inside.square().sum(1)).clamp(min=0) / x.shape[1]
-        both = torch.stack([self.gaussian.distance(inside, label), off], dim=1)
-        return (both + DISTANCE_FLOOR).log()
-
 
 @dataclass(frozen=True)
 class DensityView:
@@ -50,10 +47,32 @@ class DensityView:
     sites: tuple[SiteDensity, ...]
 
     def features(self, routed: Routed) -> Tensor:
-        """Return (N, 2 S) log-distances to the predicted class."""
-        label = routed.predicted
-        columns = zip(self.sites, self.layout.columns, strict=True)
-        return torch.cat([s.distances(routed.path[:, c], label) for s, c in columns], dim=1)
+        """Return (N, 2 S) log-distances to the predicted class: in the directions, and off them."""
+        rows = zip(routed.path.split(ROWS), routed.predicted.split(ROWS), strict=True)
+        return torch.cat([self._stacked.distances(path, label) for path, label in rows])
+
+    @cached_property
+    def _stacked(self) -> StackedDensity:
+        with torch.inference_mode(False):
+            return _stack(self)
+
+
+@dataclass(frozen=True)
+class StackedDensity:
+    """All sites of a view at once. width: (S, 1) columns of every site."""
+
+    stacks: SiteStacks
+    gaussian: ClassGaussian
+    width: Tensor
+
+    def distances(self, path: Tensor, label: Tensor) -> Tensor:
+        """Return log-distances (N, 2 S) of paths (N, D) to their classes (N,)."""
+        rows = self.stacks.rows(path)
+        inside = self.stacks.maps(rows)
+        missed = self.stacks.energies(rows) - inside.square().sum(2)
+        off = missed.clamp(min=0) / self.width
+        both = torch.stack([self.gaussian.distance(inside, label), off], dim=2)
+        return (both + DISTANCE_FLOOR).log().transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -116,3 +135,20 @@ def _fit_site(path: Tensor, label: Tensor, classes: int, rank: int) -> SiteDensi
     _, _, vectors = torch.linalg.svd(x.double(), full_matrices=False)
     directions = vectors[: min(rank, max(2, len(x) // IMAGES_PER_DIRECTION))].T.float().contiguous()
     return SiteDensity(standardise, directions, fit_class_gaussian(x @ directions, label, classes))
+
+
+def _stack(view: DensityView) -> StackedDensity:
+    """Lay the sites of a view side by side; those of lower rank get zeros, which add nothing."""
+    gaussians = [site.gaussian for site in view.sites]
+    ranks = [gaussian.whiten.shape[0] for gaussian in gaussians]
+    # The distance is a mean over dimensions, of which some are padding now.
+    whiten = [g.whiten * math.sqrt(max(ranks) / r) for g, r in zip(gaussians, ranks, strict=True)]
+    directions = [site.directions for site in view.sites]
+    return StackedDensity(
+        stack_sites(view.layout, [site.standardise for site in view.sites], directions),
+        ClassGaussian(
+            torch.stack(pad([gaussian.mean for gaussian in gaussians])),
+            torch.stack(pad(whiten, axes=2)),
+        ),
+        torch.tensor([[d.shape[0]] for d in directions], device=directions[0].device),
+    )

@@ -38,15 +38,18 @@ def fit_standardiser(x: Tensor) -> Standardiser:
 
 @dataclass(frozen=True)
 class ClassGaussian:
-    """mean: (K, d); whiten: (d, d), lower triangular, whiten @ covariance @ whiten.T = identity."""
+    """mean: (K, d); whiten: (d, d), lower triangular, whiten @ covariance @ whiten.T = identity.
+
+    Several Gaussians side by side are one with leading dimensions.
+    """
 
     mean: Tensor
     whiten: Tensor
 
     def distance(self, x: Tensor, label: Tensor) -> Tensor:
         """Return the squared Mahalanobis distance per dimension of rows (N, d) to their class, (N,)."""
-        offset = (x - self.mean[label]) @ self.whiten.T
-        return offset.square().mean(dim=1)
+        offset = (x - self.mean.index_select(-2, label)) @ self.whiten.mT
+        return offset.square().mean(dim=-1)
 
 
 def fit_class_gaussian(x: Tensor, label: Tensor, classes: int) -> ClassGaussian:

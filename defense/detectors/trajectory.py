@@ -8,18 +8,20 @@ course from first impressions to the answer. Attacked images arrive at their ans
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from defense.detectors.density import halves
+from defense.detectors.density import ROWS, halves
 from defense.detectors.gaussian import (
     ClassGaussian,
     Standardiser,
     fit_class_gaussian,
     fit_standardiser,
 )
+from defense.detectors.stacks import SiteStacks, stack_sites
 from defense.types import FitData, PathLayout, Routed
 
 
@@ -31,10 +33,6 @@ class Probe:
     weight: Tensor
     bias: Tensor
 
-    def evidence(self, path: Tensor) -> Tensor:
-        """Return log-probabilities (N, K) of the classes given site paths (N, d)."""
-        return (self.standardise(path) @ self.weight + self.bias).log_softmax(dim=1)
-
 
 @dataclass(frozen=True)
 class TrajectoryView:
@@ -45,8 +43,21 @@ class TrajectoryView:
 
     def evidence(self, routed: Routed) -> Tensor:
         """Return (N, S, K): what every site reads as class log-probabilities."""
-        columns = zip(self.probes, self.layout.columns, strict=True)
-        return torch.stack([p.evidence(routed.path[:, c]) for p, c in columns], dim=1)
+        stacks, bias = self._stacked
+        parts = [stacks.maps(stacks.rows(path)) for path in routed.path.split(ROWS)]
+        return (torch.cat(parts, dim=1).transpose(0, 1) + bias).log_softmax(dim=2)
+
+    @cached_property
+    def _stacked(self) -> tuple[SiteStacks, Tensor]:
+        with torch.inference_mode(False):
+            return (
+                stack_sites(
+                    self.layout,
+                    [probe.standardise for probe in self.probes],
+                    [probe.weight for probe in self.probes],
+                ),
+                torch.stack([probe.bias for probe in self.probes]),
+            )
 
     def features(self, routed: Routed) -> Tensor:
         """Return (N, 3 S): evidence for the answer, for the runner-up, and for the best other class."""
@@ -88,9 +99,7 @@ class TrajectoryRecipe:
     def fit(self, data: FitData, layout: PathLayout, *, seed: int) -> Trajectory:
         """Fit to clean runs; attacked ones are not looked at."""
         shape, judge = halves(data, seed)
-        view = fit_trajectory_view(
-            shape, layout, ridge=self.ridge, temperature=self.temperature
-        )
+        view = fit_trajectory_view(shape, layout, ridge=self.ridge, temperature=self.temperature)
         features = view.features(judge.clean)
         nothing = torch.zeros(len(features), dtype=torch.long)
         return Trajectory(view, fit_class_gaussian(features, nothing, 1))

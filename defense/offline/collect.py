@@ -85,7 +85,9 @@ def input_spec(served: Served, payloads: Sequence[bytes]) -> InputSpec:
     rows = [backbone_inputs(served, [payload]) for payload in payloads]
     shapes = [tuple(row.shape[1:]) for row in rows]
     if len({len(shape) for shape in shapes}) != 1:
-        raise ArchiveError("the handler gives its model inputs of different rank; it cannot be guarded")
+        raise ArchiveError(
+            "the handler gives its model inputs of different rank; it cannot be guarded"
+        )
     sizes = [set(column) for column in zip(*shapes, strict=True)]
     shape = tuple(size.pop() if len(size) == 1 else -1 for size in sizes)
     return InputSpec(shape, str(rows[0].dtype).removeprefix("torch."))

@@ -6,7 +6,7 @@ succeed, thresholds fixed on calibration data, and beside every attack the noise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from defense.offline.attacks import Attack, uniform_noise
 from defense.offline.collect import Served, backbone_inputs, collect, collect_inputs
 from defense.offline.data import ImageSet
 from defense.offline.fit import versions
-from defense.offline.pixels import PixelSpace, deliverable, find_pixel_space
+from defense.offline.pixels import deliverable, find_pixel_space
 from defense.offline.progress import Progress, Silent
 from defense.types import Routed
 
@@ -100,7 +100,9 @@ def _attacked(
     # With noise: what attacks make has colours that clean images may lack.
     noisy_few = uniform_noise(pixels[:4], eps=PROBE_EPS, seed=seed)
     as_images = deliverable(bench.served, space, noisy_few)
-    report["delivery"] = "PNG through the archive's preprocessing" if as_images else "backbone input"
+    report["delivery"] = (
+        "PNG through the archive's preprocessing" if as_images else "backbone input"
+    )
     model = space.model(bench.served.backbone)
 
     def run(changed: Tensor) -> Routed:
@@ -185,9 +187,14 @@ def _labels(guard: Guard, images: ImageSet) -> Tensor:
     return torch.tensor([index[label] for label in images.labels])
 
 
-BASELINES = {
-    "max_softmax": lambda r: -r.logits.softmax(dim=1).amax(dim=1),
-    "energy": lambda r: -r.logits.logsumexp(dim=1),
-    "margin": lambda r: -(r.logits.topk(2, dim=1).values @ torch.tensor([1.0, -1.0])),
+def _margin(routed: Routed) -> Tensor:
+    first, second = routed.logits.topk(2, dim=1).values.unbind(dim=1)
+    return second - first
+
+
+BASELINES: dict[str, Callable[[Routed], Tensor]] = {
+    "max_softmax": lambda routed: -routed.logits.softmax(dim=1).amax(dim=1),
+    "energy": lambda routed: -routed.logits.logsumexp(dim=1),
+    "margin": _margin,
 }
 """Scores from the logits alone, larger = more suspicious: what every path detector must beat."""

@@ -79,7 +79,9 @@ def fit_module(
             )
     names = tuple(class_names) or tuple(str(i) for i in range(clean.logits.shape[1]))
     facts = {"labels": "given" if labels is not None else "the network's own answers"}
-    return assemble(model, router, spec, FitData(clean, truth, attacked), calibration, names, options, facts)
+    return assemble(
+        model, router, spec, FitData(clean, truth, attacked), calibration, names, options, facts
+    )
 
 
 def fit_archive(
@@ -135,7 +137,7 @@ def split_rows(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
 
 
 def successes(attacked: Routed, clean: Routed, labels: Tensor) -> Routed:
-    """Keep the attacked runs (A x N: attack after attack) that turned a right answer into a wrong one."""
+    """Keep the runs (A x N: attack after attack) that turned a right answer into a wrong one."""
     times = len(attacked) // len(clean)
     right = (clean.predicted == labels).repeat(times)
     return attacked.take(right & (attacked.predicted != labels.repeat(times)))
@@ -167,7 +169,9 @@ def label_rows(images: ImageSet, rows: Tensor, clean: Routed) -> Labelling:
     output = votes.argmax(dim=1)
     seen = folder.unique()
     if len(output[seen].unique()) != len(seen):
-        return Labelling(clean.predicted, numbers, own | {"note": "folders do not match the classes"})
+        return Labelling(
+            clean.predicted, numbers, own | {"note": "folders do not match the classes"}
+        )
     names = list(numbers)
     for index in seen.tolist():
         names[int(output[index])] = images.class_names[index]

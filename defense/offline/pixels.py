@@ -57,6 +57,9 @@ class PixelSpace:
 
 
 class _PixelModel(nn.Module):
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, backbone: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.backbone = backbone
@@ -91,9 +94,7 @@ def find_pixel_space(served: Served, example: bytes) -> PixelSpace:
     if not exact or bool((scale == 0).any()):
         raise _not_affine()
     mode = "L" if values.shape[1] == 1 else "RGB"
-    return PixelSpace(
-        scale.float().view(-1, 1, 1), shift.float().view(-1, 1, 1), mode
-    )
+    return PixelSpace(scale.float().view(-1, 1, 1), shift.float().view(-1, 1, 1), mode)
 
 
 def deliverable(served: Served, space: PixelSpace, pixels: Tensor) -> bool:
@@ -126,7 +127,6 @@ def _not_affine() -> ArchiveError:
     )
 
 
-
 def attack_payloads(
     served: Served,
     payloads: Sequence[bytes],
@@ -139,6 +139,4 @@ def attack_payloads(
     space = find_pixel_space(served, payloads[0])
     pixels = space.to_pixels(backbone_inputs(served, payloads))
     model = space.model(served.backbone)
-    return torch.cat(
-        [space.to_input(a.run(model, pixels, labels, seed=seed)) for a in attacks]
-    )
+    return torch.cat([space.to_input(a.run(model, pixels, labels, seed=seed)) for a in attacks])

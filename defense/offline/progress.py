@@ -18,7 +18,7 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches."""
 
-    def advance(self, steps: int = 1) -> None:
+    def advance(self, steps: int = 1) -> None:  # noqa: ARG002
         return None
 
 

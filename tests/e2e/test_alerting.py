@@ -45,7 +45,9 @@ def prometheus(running: Running, tmp_path: Path) -> Iterator[Prometheus]:
     """Debian's Prometheus with the shipped rules, scraping the test's server every second."""
     binary = shutil.which("prometheus")
     if binary is None:
-        assert not os.environ.get("CI"), "prometheus is missing; install Debian's package prometheus"
+        assert not os.environ.get("CI"), (
+            "prometheus is missing; install Debian's package prometheus"
+        )
         pytest.skip("needs the prometheus binary (Debian's package prometheus)")
     config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
     config["global"].update(scrape_interval="1s", scrape_timeout="1s", evaluation_interval="1s")

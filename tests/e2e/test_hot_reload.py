@@ -61,7 +61,9 @@ def test_a_broken_edit_changes_nothing_and_shows_in_metrics_and_log(
     running: Running, clean: list[bytes], edit: str, said: str
 ) -> None:
     before = reloads(running, "invalid")
-    verdicts = [a.headers["X-PathGuard-Verdict"] for a in post(running.server, "counting", clean[:4])]
+    verdicts = [
+        a.headers["X-PathGuard-Verdict"] for a in post(running.server, "counting", clean[:4])
+    ]
 
     running.config.write_text(edit)
     wait_until(lambda: reloads(running, "invalid") > before)

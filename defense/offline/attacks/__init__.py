@@ -1,6 +1,6 @@
 """Attacks as values with one call, for testing one's own models. One row in the table each.
 
-All work on pixels in [0, 1], in float32, and end in 8-bit steps, because that is what a client can send.
+All work on pixels in [0, 1] and end in 8-bit steps, because that is what a client can send.
 """
 
 from __future__ import annotations

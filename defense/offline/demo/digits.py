@@ -1,4 +1,4 @@
-"""What the demo starts from: scikit-learn's digits as PNG files, and a user's archive that reads them."""
+"""What the demo starts from: scikit-learn's digits as PNGs, and a user's archive for them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def write_digits(folder: Path, *, seed: int) -> DigitFolders:
 
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
-    parts = {"train": order[:TRAIN], "fit": order[TRAIN : TRAIN + FIT], "test": order[TRAIN + FIT :]}
+    parts = {
+        "train": order[:TRAIN],
+        "fit": order[TRAIN : TRAIN + FIT],
+        "test": order[TRAIN + FIT :],
+    }
     for part, rows in parts.items():
         for row in rows:
             target = folder / part / str(digits.target[row])
@@ -63,7 +67,7 @@ def train_digits(folder: Path, *, seed: int, progress: Progress) -> nn.Module:
                 moved = torch.roll(images[rows], shift, (2, 3))
                 loss = nn.functional.cross_entropy(net(moved), labels[rows])
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
             progress.advance()
@@ -71,7 +75,7 @@ def train_digits(folder: Path, *, seed: int, progress: Progress) -> nn.Module:
 
 
 def pack_digits(net: nn.Module, target: Path) -> None:
-    """Pack the network as an ordinary TorchServe archive, with torch-model-archiver, as a user would."""
+    """Pack the network as an ordinary TorchServe archive, as a user would."""
     source = files("defense.offline.demo")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -80,9 +84,7 @@ def pack_digits(net: nn.Module, target: Path) -> None:
     ):
         weights = Path(folder) / "digits.pt"
         torch.save(net.state_dict(), weights)
-        make_archive(
-            target, handler=str(handler), model_file=model_file, serialized_file=weights
-        )
+        make_archive(target, handler=str(handler), model_file=model_file, serialized_file=weights)
 
 
 def _load(folder: Path) -> tuple[Tensor, Tensor]:
