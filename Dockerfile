@@ -15,7 +15,9 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TMPDIR=/tmp
 USER pathguard
 WORKDIR /tmp
 EXPOSE 8080 8081 8082 8083
+# The exporter answers only from inside a worker that guards: healthy means guarded. (TorchServe's
+# /ping wants a token.) Its port is metrics.port of guard.yaml.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/ping', timeout=4)"]
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8083/metrics', timeout=4)"]
 ENTRYPOINT ["pathguard", "serve", "--host", "0.0.0.0"]
 CMD ["--help"]

@@ -160,10 +160,10 @@ def _traffic(
                 model, pixels[right], labels[right], seed=seed
             )
             answers = labels[right].tolist()
-            traffic.append(Traffic(f"{name} attack", space.pngs(attacked), answers, attacked=True))
+            traffic.append(Traffic(name, space.pngs(attacked), answers, attacked=True))
             progress.advance()
     noisy = uniform_noise(pixels, eps=EPS / 4, seed=seed)
-    traffic.append(Traffic(f"noise {EPS / 4:g}", space.pngs(noisy)))
+    traffic.append(Traffic("noise", space.pngs(noisy)))
     traffic.append(Traffic("garbage", _garbage(payloads[0], seed)))
     return traffic
 
@@ -273,21 +273,25 @@ def _metrics(url: str) -> dict[str, float]:
 
 
 def _print(out: Console, summary: Summary) -> None:
-    columns = ("kind", "sent", "accepted", "flagged", "rejected", "invalid", "5xx")
-    table = Table(*columns, "attack success: stock", "guarded", "successes caught")
+    columns = ("kind", "sent", "accept", "flag", "reject", "invalid", "5xx")
+    table = Table(*columns, "fooled\nstock", "fooled\nguarded", "caught")
     for row in summary.rows:
         counts = (row.sent, row.accepted, row.flagged, row.rejected, row.invalid, row.errors_5xx)
         rates = (row.stock_success, row.guarded_success, row.detected)
-        table.add_row(
-            row.kind, *map(str, counts), *("" if rate is None else f"{rate:.1%}" for rate in rates)
-        )
+        shown = ("" if rate is None else f"{rate:.1%}" for rate in rates)
+        table.add_row(row.kind, *map(str, counts), *shown)
     out.print(table)
     out.print(
-        f"Flagged at a target false-positive rate of {FLAG:g}, rejected at {REJECT:g}. "
-        "Flagged requests are answered, with a header; rejected ones get 403 and no prediction."
+        f"Flag at a target false-positive rate of {FLAG:g}, reject at {REJECT:g}. A flagged request "
+        "is answered, with a header; a rejected one gets 403 and no prediction. Fooled: attacked "
+        "images that got a wrong answer. Caught: of those that fool the stock model, flagged or "
+        "rejected."
     )
     ratio = summary.latency_ratio
-    out.print(f"Latency, guarded over stock: median {ratio['p50']:.2f}, p95 {ratio['p95']:.2f}.")
+    out.print(
+        f"Latency of single requests, guarded over stock: median {ratio['p50']:.2f}, "
+        f"p95 {ratio['p95']:.2f} (for a network this small; benchmarks/ has larger ones)."
+    )
     for name, value in summary.metrics.items():
         out.print(f"{name} {value:g}", highlight=False, soft_wrap=True)
     out.print(f"Done in {summary.seconds:.0f} s.")

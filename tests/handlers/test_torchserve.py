@@ -1,0 +1,258 @@
+"""The handler inside a worker's process: what every outcome becomes in TorchServe's own terms."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import values
+from ts.context import Context, RequestProcessor
+
+from defense.archive import extract_archive, wrap_archive
+from defense.artifact import save_guard
+from defense.errors import ArtifactError, PathGuardError
+from defense.offline.data import read_images
+from defense.offline.demo.digits import pack_digits, write_digits
+from defense.offline.demo.digits_model import DigitsNet
+from defense.offline.fit import FitOptions, fit_archive
+from handlers.torchserve import HANDLER_SOURCE, TorchServeGuard
+from handlers.torchserve_inner import _offline_context, open_archive
+from handlers.torchserve_server import free_port
+
+Worker = Callable[[str], TorchServeGuard]
+
+REJECT_ALL = "reject: {score: -1.0e+9}"
+FLAG_ALL = "flag: {score: -1.0e+9}, reject: {score: 1.0e+9}"
+ACCEPT_ALL = "flag: {score: 1.0e+9}, reject: {score: 1.0e+9}"
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guarded archive around an untrained network."""
+    work = tmp_path_factory.mktemp("wrapped")
+    torch.manual_seed(0)
+    stock = work / "digits.mar"
+    pack_digits(DigitsNet(), stock)
+    images = read_images(write_digits(work / "digits", seed=0).fit).shuffled(0, 240)
+    with open_archive(stock, work / "unpacked") as served:
+        save_guard(fit_archive(served, images, options=FitOptions()), work / "guard")
+    target = work / "guarded.mar"
+    wrap_archive(stock, target, guard_folder=work / "guard", handler_source=HANDLER_SOURCE)
+    (work / "image.png").write_bytes(images.payload(0))
+    return target
+
+
+@pytest.fixture
+def image(wrapped: Path) -> bytes:
+    return (wrapped.parent / "image.png").read_bytes()
+
+
+@pytest.fixture
+def folder(wrapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The archive unpacked, with the process in the state of a worker that is about to load it."""
+    target = tmp_path / "model"
+    extract_archive(wrapped, target)
+    monkeypatch.chdir(target)
+    monkeypatch.syspath_prepend(str(target))
+    monkeypatch.setenv("PATHGUARD_METRICS_DIR", str(tmp_path))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "set by the handler")
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    before = set(sys.modules)
+    yield target
+    for name in set(sys.modules) - before:
+        if str(target) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def worker(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """Start a handler under the given `defaults` of guard.yaml."""
+
+    def start(defaults: str) -> TorchServeGuard:
+        config = tmp_path / "guard.yaml"
+        config.write_text(f"defaults: {{{defaults}}}\nmetrics: {{port: {free_port()}}}\n")
+        monkeypatch.setenv("PATHGUARD_CONFIG", str(config))
+        guard = TorchServeGuard()
+        guard.initialize(context_of(folder))
+        return guard
+
+    return start
+
+
+def context_of(folder: Path, requests: int = 0, **headers: str) -> Context:
+    """A worker's context with some requests in it, the first of them with `headers`."""
+    from defense.archive import Archive
+
+    manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
+    context = _offline_context(Archive(folder, manifest, ()), folder, None)
+    context.request_ids = {row: f"id-{row}" for row in range(requests)}
+    context.request_processor = [
+        RequestProcessor(headers if row == 0 else {}) for row in range(requests)
+    ]
+    return context
+
+
+def ask(
+    guard: TorchServeGuard, folder: Path, *bodies: bytes, **headers: str
+) -> tuple[list[Any], list[int], list[dict[str, str]]]:
+    """Send one batch; returns bodies, statuses and headers."""
+    context = context_of(folder, len(bodies), **headers)
+    answers = guard.handle([{"body": body} for body in bodies], context)
+    rows = range(len(bodies))
+    statuses = [context.get_response_status(row)[0] for row in rows]
+    return answers, statuses, [context.get_response_headers(row) for row in rows]
+
+
+def test_an_accepted_request_gets_the_handlers_own_answer(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    answers, statuses, headers = ask(worker(ACCEPT_ALL), folder, image)
+
+    assert isinstance(answers[0], int)
+    assert statuses == [200]
+    assert headers == [{"X-PathGuard-Verdict": "accept"}]
+
+
+def test_a_flagged_request_is_answered_with_a_header(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    answers, statuses, headers = ask(worker(FLAG_ALL), folder, image)
+
+    assert isinstance(answers[0], int)
+    assert (statuses, headers) == ([200], [{"X-PathGuard-Verdict": "flag"}])
+
+
+def test_a_rejected_request_gets_the_configured_status_and_nothing_else(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    answers, statuses, headers = ask(worker(f"{REJECT_ALL}, reject_status: 422"), folder, image)
+
+    assert statuses == [422]
+    assert json.loads(answers[0]) == {
+        "title": "The request was refused.",
+        "status": 422,
+        "guard": {"verdict": "reject"},
+    }
+    assert headers == [
+        {"content-type": "application/problem+json", "X-PathGuard-Verdict": "reject"}
+    ]
+
+
+def test_mode_flag_never_refuses_a_suspicious_request(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    _, statuses, headers = ask(worker(f"mode: flag, {REJECT_ALL}"), folder, image)
+
+    assert (statuses, headers) == ([200], [{"X-PathGuard-Verdict": "flag"}])
+
+
+@pytest.mark.parametrize("mode", ["off", "shadow"])
+def test_off_and_shadow_leave_answers_as_they_are(
+    worker: Worker, folder: Path, image: bytes, mode: str
+) -> None:
+    answers, statuses, headers = ask(worker(f"mode: {mode}, {REJECT_ALL}"), folder, image)
+
+    assert isinstance(answers[0], int)
+    assert (statuses, headers) == ([200], [{}])
+
+
+@pytest.mark.parametrize("exposed", [True, False])
+def test_the_p_value_is_sent_only_where_the_operator_asked(
+    worker: Worker, folder: Path, image: bytes, exposed: bool
+) -> None:
+    guard = worker(f"{ACCEPT_ALL}, expose_score: {str(exposed).lower()}")
+    _, _, headers = ask(guard, folder, image)
+
+    assert ("X-PathGuard-P-Value" in headers[0]) is exposed
+
+
+@pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
+def test_a_guard_that_fails_has_the_configured_consequence(
+    worker: Worker,
+    folder: Path,
+    image: bytes,
+    on_error: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = worker(f"{ACCEPT_ALL}, on_error: {on_error}")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr("defense.detectors.density.Density.score", broken)
+    answers, statuses, headers = ask(guard, folder, image)
+
+    assert statuses == [status]
+    assert headers[0]["X-PathGuard-Verdict"] == "error"
+    assert isinstance(answers[0], int if on_error == "open" else bytes)
+
+
+def test_descriptions_and_predictions_in_one_batch_are_both_answered(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    # TorchServe's own handler would describe the whole batch, because the first request asks for it.
+    answers, statuses, headers = ask(worker(ACCEPT_ALL), folder, b"", image, describe="True")
+
+    assert answers[0] is None  # what this handler says when it is asked to describe itself
+    assert isinstance(answers[1], int)
+    assert statuses == [200, 200]
+    assert [header.get("X-PathGuard-Verdict") for header in headers] == [None, "accept"]
+
+
+def test_garbage_fails_alone_with_a_reason(worker: Worker, folder: Path, image: bytes) -> None:
+    answers, statuses, headers = ask(worker(ACCEPT_ALL), folder, image, b"garbage", image)
+
+    assert statuses == [200, 400, 200]
+    assert json.loads(answers[1])["guard"] == {"verdict": "invalid", "reason": "not_an_image"}
+    assert headers[1]["X-PathGuard-Verdict"] == "invalid"
+
+
+def test_all_that_goes_into_headers_is_ascii_text(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    # TorchServe's worker dies of a header that is no text, its frame of a phrase that is not ASCII.
+    for rules in (ACCEPT_ALL, FLAG_ALL, REJECT_ALL):
+        context = context_of(folder, 2)
+        worker(f"{rules}, expose_score: true").handle([{"body": image}, {"body": b"x"}], context)
+        for row in range(2):
+            phrase = context.get_response_status(row)[1]
+            texts = [*context.get_response_headers(row).values(), phrase or ""]
+            assert all(isinstance(text, str) and text.isascii() for text in texts)
+            assert not any(c in text for text in texts for c in "\r\n")
+
+
+def test_a_guard_for_other_weights_does_not_start_and_says_why(
+    worker: Worker, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = folder / "digits.pt"
+    state = torch.load(weights, weights_only=True)
+    state["layers.0.weight"] += 1
+    torch.save(state, weights)
+
+    with pytest.raises(ArtifactError, match="this one is"), caplog.at_level(logging.ERROR):
+        worker(ACCEPT_ALL)
+
+    assert "PathGuard did not start: the guard was fitted for the backbone" in caplog.text
+
+
+def test_a_configuration_that_cannot_be_kept_does_not_start(worker: Worker) -> None:
+    with pytest.raises(PathGuardError, match="needs at least 1000000 calibration images"):
+        worker("reject: {target_fpr: 0.000001}")
+
+
+def test_a_missing_package_is_named_by_the_archives_handler(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "handlers.torchserve", None)
+
+    with pytest.raises(RuntimeError, match="install pathguard into the Python that runs the workers"):
+        exec((folder / "pathguard_handler.py").read_text(), {})  # noqa: S102 - written by wrap
+    assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == "set by the handler"
