@@ -200,6 +200,24 @@ def test_every_expression_of_the_runbook_is_valid_promql(promtool: str, tmp_path
     run(promtool, "check", "rules", path)
 
 
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "guard failed at stage",
+        "the archive's handler failed",
+        "cannot export metrics",
+        "PathGuard did not start",
+        "guard.yaml was not applied",
+    ],
+)
+def test_what_the_runbook_looks_for_in_the_log_is_what_is_logged(sentence: str) -> None:
+    source = "".join(
+        path.read_text() for name in ("defense", "handlers") for path in (ROOT / name).rglob("*.py")
+    )
+    assert sentence in RUNBOOK.read_text()
+    assert sentence in source
+
+
 @pytest.mark.parametrize("script", blocks("sh"))
 def test_every_command_of_the_runbook_is_valid_shell(script: str) -> None:
     run("bash", "-n", text=script)

@@ -106,6 +106,22 @@ def test_the_same_seed_gives_the_same_artefact(
         assert (again / name).read_bytes() == (guard / name).read_bytes()
 
 
+def test_relative_paths_mean_what_they_say(
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    (tmp_path / "digits.mar").write_bytes(archive.read_bytes())
+    (tmp_path / "images").symlink_to(digits.fit)
+    options = ("--archive", "digits.mar", "--data", "images", "--limit", 240)
+
+    assert run("fit", *options, "--out", "guard")[0] == 0
+    code, _, said = run(
+        "evaluate", *options, "--guard", "guard", "--attacks", "fgsm", "--out", "reports/report.json"
+    )
+
+    assert (code, said.splitlines()[-1]) == (0, "Report written to reports/report.json.")
+    assert (tmp_path / "reports" / "report.json").is_file()
+
+
 def test_evaluate_writes_a_report_with_every_promised_key(
     run: Run, archive: Path, guard: Path, digits: DigitFolders, tmp_path: Path
 ) -> None:

@@ -119,7 +119,8 @@ def fit(
         f"Guard written to {out}: {len(guard.router.layout.sites)} sites, "
         f"{guard.router.layout.length} columns, detector '{guard.detector.name}', "
         f"{facts['fit_images']} images fitted, {facts['calibration_images']} calibrated "
-        f"(smallest target rate {facts['smallest_target_fpr']:.2g}), labels: {facts['labels']}."
+        f"(smallest target rate {facts['smallest_target_fpr']:.2g}), labels: {facts['labels']}"
+        + (f" ({facts['note']})." if "note" in facts else ".")
     )
     _next(f"pathguard wrap {archive} --guard {out} --out model_store/{archive.name}")
 
@@ -147,7 +148,7 @@ def wrap(
     fitted = load_guard(guard)
     if config:
         make_rules(read_settings(config).for_model(read_archive(archive).model_name), fitted)
-    with _opened(archive) as served:
+    with console.status("Checking the guard against the archive"), _opened(archive) as served:
         check_backbone(fitted, served.backbone)
     wrap_archive(
         archive,
@@ -247,7 +248,7 @@ def doctor(archive: ArchiveFile) -> None:
     obstacles = archive_obstacles(read_archive(archive))
     if not obstacles:
         try:
-            with _opened(archive) as served:
+            with console.status("Loading the archive"), _opened(archive) as served:
                 found = describe_backbone(served)
         except PathGuardError as error:
             obstacles = [str(error)]
@@ -300,13 +301,14 @@ def evaluate(
     from defense.offline.evaluate import evaluate as measure
     from defense.offline.progress import bar
 
+    fitted = load_guard(guard)
     chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks)]
     images = read_images(data).shuffled(seed, limit)
     steps = len(images) * (1 + 2 * len(chosen))
     with _opened(archive) as served, bar(console, "Evaluating", steps) as progress:
         result = measure(
             served,
-            load_guard(guard),
+            fitted,
             images,
             chosen,
             seed=seed,

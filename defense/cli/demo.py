@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -274,7 +275,7 @@ def _metrics(url: str) -> dict[str, float]:
 
 def _print(out: Console, summary: Summary) -> None:
     columns = ("kind", "sent", "accept", "flag", "reject", "invalid", "5xx")
-    table = Table(*columns, "fooled\nstock", "fooled\nguarded", "caught")
+    table = Table(*columns, "fooled\nstock", "fooled\nguarded", "caught", box=box.SIMPLE_HEAD)
     for row in summary.rows:
         counts = (row.sent, row.accepted, row.flagged, row.rejected, row.invalid, row.errors_5xx)
         rates = (row.stock_success, row.guarded_success, row.detected)
@@ -304,7 +305,7 @@ def _keep(console: Console, server: TorchServe, port: int, work: Path) -> None:
     lines = (
         f"curl -i -H 'Authorization: {token}' -T {image} "
         f"{server.inference_url}/predictions/digits-guarded",
-        f"curl -i -H 'Authorization: {token}' -d nonsense "
+        f"curl -i -H 'Authorization: {token}' -H 'Content-Type: image/png' --data-binary nonsense "
         f"{server.inference_url}/predictions/digits-guarded",
         f"curl http://127.0.0.1:{port}/metrics",
         f"sed -i 's/target_fpr: {REJECT}/target_fpr: 0.5/' {work / 'guard.yaml'}",

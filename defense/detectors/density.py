@@ -59,18 +59,22 @@ class DensityView:
 
 @dataclass(frozen=True)
 class StackedDensity:
-    """All sites of a view at once. width: (S, 1) columns of every site."""
+    """All sites of a view at once.
+
+    share: (S, 1) the weight of the energy off the directions: one by the number of columns, and
+    nothing where the directions miss no column that ever varied and the rest is rounding.
+    """
 
     stacks: SiteStacks
     gaussian: ClassGaussian
-    width: Tensor
+    share: Tensor
 
     def distances(self, path: Tensor, label: Tensor) -> Tensor:
         """Return log-distances (N, 2 S) of paths (N, D) to their classes (N,)."""
         rows = self.stacks.rows(path)
         inside = self.stacks.maps(rows)
         missed = self.stacks.energies(rows) - inside.square().sum(2)
-        off = missed.clamp(min=0) / self.width
+        off = missed.clamp(min=0) * self.share
         both = torch.stack([self.gaussian.distance(inside, label), off], dim=2)
         return (both + DISTANCE_FLOOR).log().transpose(0, 1).flatten(1)
 
@@ -150,5 +154,11 @@ def _stack(view: DensityView) -> StackedDensity:
             torch.stack(pad([gaussian.mean for gaussian in gaussians])),
             torch.stack(pad(whiten, axes=2)),
         ),
-        torch.tensor([[d.shape[0]] for d in directions], device=directions[0].device),
+        torch.stack([_share(site) for site in view.sites])[:, None],
     )
+
+
+def _share(site: SiteDensity) -> Tensor:
+    width, rank = site.directions.shape
+    varied = site.standardise.scale.isfinite().sum()
+    return (varied > rank) / torch.tensor(width, device=varied.device)

@@ -32,7 +32,7 @@ class SiteStacks:
     def rows(self, path: Tensor) -> list[Tensor]:
         """Return the standardised paths (N, D) by group, each (s, N, d)."""
         widths = [weight.shape[0] * weight.shape[1] for weight in self.weights]
-        parts = self.standardise(path[:, self.columns]).split(widths, dim=1)
+        parts = self.standardise(path.index_select(1, self.columns)).split(widths, dim=1)
         return [
             part.unflatten(1, weight.shape[:2]).transpose(0, 1)
             for part, weight in zip(parts, self.weights, strict=True)
@@ -41,11 +41,11 @@ class SiteStacks:
     def maps(self, rows: Sequence[Tensor]) -> Tensor:
         """Return the maps of `rows`, (S, N, k) in the order of the layout."""
         mapped = [row @ weight for row, weight in zip(rows, self.weights, strict=True)]
-        return torch.cat(mapped)[self.order]
+        return torch.cat(mapped).index_select(0, self.order)
 
     def energies(self, rows: Sequence[Tensor]) -> Tensor:
         """Return the squared norms of `rows`, (S, N) in the order of the layout."""
-        return torch.cat([row.square().sum(2) for row in rows])[self.order]
+        return torch.cat([row.square().sum(2) for row in rows]).index_select(0, self.order)
 
 
 def stack_sites(

@@ -57,7 +57,8 @@ def read_images(path: Path) -> ImageSet:
     The class of an image is the name of the folder that it lies in; images that lie directly in
     `path` are unlabelled. DataError where there is none, or all are of one class.
     """
-    root, inside = _locate(path)
+    # Absolute, because a handler that is opened offline finds itself in its own folder.
+    root, inside = _locate(path.absolute())
     names = sorted(_names(root, inside))
     if not names:
         raise DataError(

@@ -19,7 +19,7 @@ from defense.guard import Guard, check_backbone
 from defense.offline.attacks import Attack, uniform_noise
 from defense.offline.collect import Served, backbone_inputs, collect, collect_inputs
 from defense.offline.data import ImageSet
-from defense.offline.fit import versions
+from defense.offline.fit import label_rows, versions
 from defense.offline.pixels import deliverable, find_pixel_space
 from defense.offline.progress import Progress, Silent
 from defense.types import Routed
@@ -64,7 +64,7 @@ def evaluate(
         bench = Bench(served, guard, gated, images, progress or Silent())
         payloads = images.payloads(range(len(images)))
         clean = bench.routed(payloads)
-        labels = _labels(guard, images)
+        labels = _labels(guard, images, clean)
         right = clean.predicted == labels
         report: dict[str, Any] = {
             "clean": _clean(guard, clean, right),
@@ -174,17 +174,22 @@ def auroc(negative: Tensor, positive: Tensor) -> float | None:
     return round(((below + upto).double() / 2 / len(ordered)).mean().item(), 4)
 
 
-def _labels(guard: Guard, images: ImageSet) -> Tensor:
-    """Return the images' classes as the network counts them, by the guard's class names."""
+def _labels(guard: Guard, images: ImageSet, clean: Routed) -> Tensor:
+    """Return the images' classes as the network counts them: by the guard's names for them, or by
+    what the network mostly answers for each folder where the guard was fitted without labels.
+    """
     assert images.labels is not None
     unknown = [name for name in images.class_names if name not in guard.class_names]
-    if unknown:
+    if not unknown:
+        index = [guard.class_names.index(name) for name in images.class_names]
+        return torch.tensor([index[label] for label in images.labels])
+    matched = label_rows(images, torch.arange(len(images)), clean)
+    if guard.facts.get("labels") == "folders" or matched.facts["labels"] != "folders":
         raise DataError(
-            f"the guard knows no class '{unknown[0]}' (it was fitted with "
+            f"the guard knows no class '{unknown[0]}' (its classes are "
             f"{', '.join(guard.class_names[:12])}); name the folders as at the fit"
         )
-    index = [guard.class_names.index(name) for name in images.class_names]
-    return torch.tensor([index[label] for label in images.labels])
+    return matched.labels
 
 
 def _margin(routed: Routed) -> Tensor:

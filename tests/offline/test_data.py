@@ -1,0 +1,104 @@
+"""Images in folders and zips: the folder that an image lies in is its class."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from defense.errors import DataError
+from defense.offline.data import ImageSet, read_images
+
+FILES = {"cat/1.png": b"c1", "cat/2.JPG": b"c2", "dog/1.webp": b"d1", "dog/notes.txt": b"x"}
+
+
+def as_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def as_zip(root: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(root / "data.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return root / "data.zip"
+
+
+@pytest.mark.parametrize("store", [as_folder, as_zip])
+def test_a_folder_and_a_zip_hold_the_same_images(
+    store: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    images = read_images(store(tmp_path, FILES))
+    assert images.names == ("cat/1.png", "cat/2.JPG", "dog/1.webp")
+    assert images.class_names == ("cat", "dog")
+    assert images.labels == (0, 0, 1)
+    assert [images.payload(i) for i in range(3)] == images.payloads(range(3)) == [b"c1", b"c2", b"d1"]
+    assert len(images) == 3
+
+
+@pytest.mark.parametrize("store", [as_folder, as_zip])
+def test_a_folder_inside_can_be_named(
+    store: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    files = {f"{part}/{name}": data for part in ("train", "test") for name, data in FILES.items()}
+    images = read_images(store(tmp_path, files | {"testing/cat/1.png": b"no"}) / "test")
+    assert len(images) == 3
+    assert images.class_names == ("cat", "dog")
+    assert images.payloads([2]) == [b"d1"]
+
+
+def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
+    images = read_images(as_folder(tmp_path, {"1.png": b"", "2.png": b""}))
+    assert (images.labels, images.class_names) == (None, ())
+
+
+@pytest.mark.parametrize("store", [as_folder, as_zip])
+def test_no_image_is_an_error_that_says_what_was_expected(
+    store: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"no images under .*; expected files such as CLASS/1\.png \(\.bmp"):
+        read_images(store(tmp_path, {"cat/readme.txt": b""}))
+
+
+def test_a_single_class_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all images under .* are of one class \('cat'\)"):
+        read_images(as_folder(tmp_path, {"cat/1.png": b"", "cat/2.png": b""}))
+
+
+def test_images_beside_the_class_folders_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 images lie beside the class folders of .*; move them into"):
+        read_images(as_folder(tmp_path, FILES | {"7.png": b"", "8.png": b""}))
+
+
+def test_data_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    where = tmp_path / "no" / "where"
+    with pytest.raises(DataError, match=f"there is no data at {re.escape(str(where))}; give a folder"):
+        read_images(where)
+
+
+def test_a_file_that_is_no_zip_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "data.zip").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(DataError, match=r"data\.zip is no zip file; give a folder or a zip of images"):
+        read_images(tmp_path / "data.zip")
+
+
+def test_shuffling_is_reproducible_keeps_labels_with_images_and_can_be_limited() -> None:
+    images = ImageSet(Path(), tuple(f"{i}.png" for i in range(50)), tuple(range(50)), ("x",) * 50)
+    shuffled = images.shuffled(3)
+    assert shuffled == images.shuffled(3)
+    assert shuffled.names != images.names
+    assert sorted(shuffled.names) == sorted(images.names)
+    assert shuffled.labels is not None
+    assert shuffled.names == tuple(f"{label}.png" for label in shuffled.labels)
+    assert images.shuffled(3, limit=7).names == shuffled.names[:7]
+    assert images.shuffled(4).names != shuffled.names
+
+
+def test_unlabelled_images_stay_unlabelled_when_some_are_taken() -> None:
+    images = ImageSet(Path(), ("a", "b", "c"), None, ())
+    assert images.take([2, 0]) == ImageSet(Path(), ("c", "a"), None, ())
