@@ -97,9 +97,8 @@ class GatedBackbone:
     @contextmanager
     def probe(self) -> Iterator[Recording]:
         """Stop every forward pass inside the block at its input; `runs` then holds the inputs."""
-        with self._recorded(Recording(stop_at_input=True)) as recording:
-            with suppress(ReachedBackbone):
-                yield recording
+        with self._recorded(Recording(stop_at_input=True)) as recording, suppress(ReachedBackbone):
+            yield recording
 
     @contextmanager
     def _recorded(self, recording: Recording) -> Iterator[Recording]:

@@ -68,9 +68,11 @@ class SecondLook(Strict):
 class Limits(Strict):
     """What one request may cost before it is decoded."""
 
-    max_bytes: Annotated[int, Field(ge=1)] = Field(6_000_000, description="of a request's body")
+    max_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=6_000_000, description="of a request's body"
+    )
     max_pixels: Annotated[int, Field(ge=1)] = Field(
-        25_000_000, description="of an image, by its header, before it is decoded"
+        default=25_000_000, description="of an image, by its header, before it is decoded"
     )
 
 
@@ -83,11 +85,13 @@ class ModelSettings(Strict):
         "flag: suspicious answers carry headers; enforce: suspicious requests are refused",
     )
     flag: TierRule = Field(
-        TierRule(target_fpr=0.01),
+        default=TierRule(target_fpr=0.01),
         description="share of clean requests that may be flagged (`target_fpr`), or a raw `score`; "
         "`per_class` holds exceptions by predicted class",
     )
-    reject: TierRule = Field(TierRule(target_fpr=0.001), description="the same for refusals")
+    reject: TierRule = Field(
+        default=TierRule(target_fpr=0.001), description="the same for refusals"
+    )
     reject_status: Annotated[int, Field(ge=400, le=499)] = Field(
         default=403, description="HTTP status of a refusal; 4xx, because 5xx is retried blindly"
     )
@@ -113,14 +117,16 @@ class ModelSettings(Strict):
 class MetricsSettings(Strict):
     """Where Prometheus finds the metrics."""
 
-    host: str = Field("127.0.0.1", description="address of the exporter; from the next start on")
-    port: Annotated[int, Field(ge=1, le=65535)] = Field(8083, description="its port")
+    host: str = Field(
+        default="127.0.0.1", description="address of the exporter; from the next start on"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(default=8083, description="its port")
 
 
 class Settings(Strict):
     """All of `guard.yaml`."""
 
-    version: Literal[1] = Field(1, description="of this file's format")
+    version: Literal[1] = Field(default=1, description="of this file's format")
     defaults: ModelSettings = ModelSettings()
     models: Annotated[dict[str, ModelSettings], BeforeValidator(_text_keys)] = Field(
         default_factory=dict, description="a model's own keys, laid over `defaults`"

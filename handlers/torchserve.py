@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from ts.context import Context
 
-from defense.archive import FOLDER, WrapFacts, read_wrap_facts
+from defense.archive import FOLDER
 from defense.artifact import load_guard
 from defense.config import Settings, parse_settings, read_settings
 from defense.errors import PathGuardError
@@ -28,6 +28,7 @@ from defense.live import ConfigWatcher
 from defense.metrics import ModelMetrics, make_instruments
 from defense.payload import InvalidReason
 from defense.types import Verdict
+from defense.wrap import WrapFacts, read_wrap_facts
 from handlers.torchserve_inner import load_inner
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import TsModelLoader
 from ts.utils.util import get_yaml_config
 
-from defense.archive import Archive, archive_obstacles, extract_archive, read_archive
+from defense.archive import Archive, extract_archive, read_archive
 from defense.errors import ArchiveError
+from defense.obstacles import archive_obstacles
 
 Handle = Callable[[Any, Context], Any]
 

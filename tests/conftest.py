@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -18,6 +20,13 @@ from defense.offline.fit import FitOptions, fit_module
 from tests.served import SmallNet, seeded_net
 
 TRAINED_ON = 400
+
+# Deadlines are timing assertions. Fixtures that examples share are frozen or leave nothing behind.
+settings.register_profile(
+    "tests", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("deep", settings.get_profile("tests"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ def shifted_runs(count: int, *, seed: int) -> Routed:
     """Return runs whose last site agrees with the answer and whose first ones say another class."""
     answer, labels = clean_runs(count, seed=seed)
     other, other_labels = clean_runs(4 * count, seed=seed + 1)
-    picks = [int((other_labels != label).nonzero()[i % 20]) for i, label in enumerate(labels.tolist())]
+    picks = [
+        int((other_labels != label).nonzero()[i % 20]) for i, label in enumerate(labels.tolist())
+    ]
     path = other.path[picks].clone()
     last = LAYOUT.columns[-1]
     path[:, last] = answer.path[:, last]

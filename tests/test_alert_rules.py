@@ -218,6 +218,6 @@ def test_what_the_runbook_looks_for_in_the_log_is_what_is_logged(sentence: str) 
     assert sentence in source
 
 
-@pytest.mark.parametrize("script", blocks("sh"))
+@pytest.mark.parametrize("script", blocks("sh"), ids=lambda script: script.split()[0])
 def test_every_command_of_the_runbook_is_valid_shell(script: str) -> None:
     run("bash", "-n", text=script)

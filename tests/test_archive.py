@@ -21,16 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from defense import archive as archive_module
-from defense.archive import (
-    MANIFEST,
-    archive_obstacles,
-    extract_archive,
-    read_archive,
-    read_wrap_facts,
-    unwrap_archive,
-    wrap_archive,
-)
+from defense import wrap as wrap_module
+from defense.archive import MANIFEST, extract_archive, read_archive
 from defense.errors import ArchiveError
+from defense.obstacles import archive_obstacles
+from defense.wrap import read_wrap_facts, unwrap_archive, wrap_archive
 from tests.archives import build_archive
 
 OURS = "class Handler: ...\n"
@@ -279,7 +274,7 @@ def test_a_failed_wrapping_changes_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(archive_module, "_append", full)
+    monkeypatch.setattr(wrap_module, "_append", full)
     with pytest.raises(ArchiveError, match=r"guarded\.mar cannot be written \(.*No space left"):
         wrap_archive(source, target, guard_folder=guard_folder, handler_source=OURS)
     assert [path.read_bytes() for path in target.parent.iterdir()] == [existing] * bool(existing)

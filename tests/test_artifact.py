@@ -76,7 +76,9 @@ def test_the_description_says_what_the_design_promises(guard: Guard, folder: Pat
     assert document["inputs"] == {"shape": [1, 8, 8], "dtype": "float32"}
     tensors = (folder / TENSORS_NAME).read_bytes()
     assert document["tensors_sha256"] == hashlib.sha256(tensors).hexdigest()
-    assert torch.equal(load_file(folder / TENSORS_NAME)["calibration.score"], guard.calibration.score)
+    assert torch.equal(
+        load_file(folder / TENSORS_NAME)["calibration.score"], guard.calibration.score
+    )
 
 
 def test_saving_replaces_an_earlier_guard(guard: Guard, folder: Path) -> None:
@@ -94,15 +96,19 @@ def test_saving_into_an_empty_folder_makes_it_the_guard(guard: Guard, tmp_path: 
 
 def test_a_folder_of_something_else_is_not_overwritten(guard: Guard, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="exists and holds no guard; name an empty or a new folder"):
+    with pytest.raises(
+        ArtifactError, match="exists and holds no guard; name an empty or a new folder"
+    ):
         save_guard(guard, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["file", "file/guard"])
-def test_a_place_that_cannot_be_written_to_is_named(guard: Guard, tmp_path: Path, name: str) -> None:
+def test_a_place_that_cannot_be_written_to_is_named(
+    guard: Guard, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ArtifactError, match="cannot write the guard to .*; name another folder"):
+    with pytest.raises(ArtifactError, match=r"cannot write the guard to .*; name another folder"):
         save_guard(guard, tmp_path / name)
     assert (tmp_path / "file").read_text() == "x"
 
@@ -122,7 +128,9 @@ def test_a_save_that_fails_half_way_leaves_the_earlier_guard(
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"cannot read .*guard\.json: No such file or directory"):
+    with pytest.raises(
+        ArtifactError, match=r"cannot read .*guard\.json: No such file or directory"
+    ):
         load_guard(tmp_path)
 
 
@@ -135,13 +143,13 @@ def test_a_missing_tensor_file_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
 def test_a_description_that_is_no_json_is_an_error(folder: Path, content: bytes) -> None:
     (folder / JSON_NAME).write_bytes(content)
-    with pytest.raises(ArtifactError, match="guard.json is not JSON; fit the guard again"):
+    with pytest.raises(ArtifactError, match=r"guard\.json is not JSON; fit the guard again"):
         load_guard(folder)
 
 
 def test_a_description_that_is_no_object_is_an_error(folder: Path) -> None:
     (folder / JSON_NAME).write_text("[]")
-    with pytest.raises(ArtifactError, match="guard.json holds no object; fit the guard again"):
+    with pytest.raises(ArtifactError, match=r"guard\.json holds no object; fit the guard again"):
         load_guard(folder)
 
 
@@ -157,7 +165,9 @@ def test_one_changed_byte_among_the_tensors_is_found_before_they_are_read(folder
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(ArtifactError, match="is not the file that guard.json names .its SHA-256 differs"):
+    with pytest.raises(
+        ArtifactError, match=r"is not the file that guard\.json names \(its SHA-256 differs"
+    ):
         load_guard(folder)
 
 

@@ -75,9 +75,11 @@ def test_every_forward_inside_a_recording_is_kept_and_none_outside() -> None:
 def test_a_probe_stops_at_the_door_and_makes_no_forward_pass() -> None:
     net, x = seeded_net(), images_like_noise(2, 1)
     with GatedBackbone(net, activation_router(net, x)) as gated, counted_forwards(net) as forwards:
+        behind: list[int] = []
         with gated.probe() as recording:
             net(x)
-            pytest.fail("the handler went on behind its backbone")
+            behind.append(1)
+        assert behind == []
         assert recording.runs[0].inputs is x
         assert recording.runs[0].logits is None
         assert forwards == []
@@ -101,12 +103,11 @@ def test_an_exception_inside_a_probe_comes_through() -> None:
 
 def test_recordings_nest_and_the_outer_one_goes_on_afterwards() -> None:
     net, x = seeded_net(), images_like_noise(2, 1)
-    with GatedBackbone(net, activation_router(net, x)) as gated:
-        with gated.record() as outer:
-            with gated.record() as inner:
-                net(x)
+    with GatedBackbone(net, activation_router(net, x)) as gated, gated.record() as outer:
+        with gated.record() as inner:
             net(x)
-    assert (len(outer.runs), len(inner.runs)) == (1, 1)
+        net(x)
+    assert (len(outer.runs), len(inner.runs)) == (2, 1)
 
 
 def test_two_threads_record_without_seeing_each_other() -> None:
@@ -135,8 +136,10 @@ def test_two_threads_record_without_seeing_each_other() -> None:
 def test_closing_takes_every_hook_off_also_after_an_exception() -> None:
     net, x = seeded_net(), images_like_noise(2, 1)
     router = activation_router(net, x)
-    with pytest.raises(RuntimeError, match="channels"), GatedBackbone(net, router) as gated:
+    with GatedBackbone(net, router):
         assert hook_count(net) > 0
+    assert hook_count(net) == 0
+    with pytest.raises(RuntimeError, match="channels"), GatedBackbone(net, router) as gated:
         gated.run(torch.zeros(2, 3, 8, 8))
     assert hook_count(net) == 0
 

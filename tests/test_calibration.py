@@ -19,7 +19,8 @@ def calibration_of(count: int) -> Calibration:
 
 
 @pytest.mark.parametrize(
-    ("score", "p_value"), [(0.5, 1.0), (1.0, 1.0), (1.5, 4 / 5), (2.0, 4 / 5), (3.0, 2 / 5), (9.0, 1 / 5)]
+    ("score", "p_value"),
+    [(0.5, 1.0), (1.0, 1.0), (1.5, 4 / 5), (2.0, 4 / 5), (3.0, 2 / 5), (9.0, 1 / 5)],
 )
 def test_a_p_value_counts_the_calibration_scores_that_are_no_smaller(
     score: float, p_value: float
@@ -74,12 +75,15 @@ def test_a_target_that_was_accepted_can_be_reached_by_the_most_suspicious_score(
 def test_a_target_for_one_class_counts_the_images_predicted_as_that_class() -> None:
     FOUR.check_target(0.5, label=1)
     with pytest.raises(
-        CalibrationError, match="needs at least 4 calibration images predicted as class 1; .* has 2"
+        CalibrationError,
+        match=r"needs at least 4 calibration images predicted as class 1; .* has 2",
     ):
         FOUR.check_target(0.25, label=1)
 
 
-@pytest.mark.parametrize("score", [torch.zeros(0), torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf])])
+@pytest.mark.parametrize(
+    "score", [torch.zeros(0), torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf])]
+)
 def test_calibration_scores_have_to_be_finite_and_at_least_one(score: Tensor) -> None:
     with pytest.raises(CalibrationError, match="needs at least one score, all of them finite"):
         Calibration(score, torch.zeros(len(score)).long())

@@ -74,6 +74,7 @@ def test_a_guard_goes_from_fit_to_a_wrapped_archive_and_back(
     code, _, said = run("wrap", archive, "--guard", guard, "--out", wrapped)
     assert code == 0
     assert f"Next: pathguard serve {wrapped}" in said
+    assert "will not start with the default thresholds" in said
     assert read_archive(wrapped).is_wrapped
 
     code, shown, _ = run("inspect", wrapped, "--json")
@@ -115,7 +116,14 @@ def test_relative_paths_mean_what_they_say(
 
     assert run("fit", *options, "--out", "guard")[0] == 0
     code, _, said = run(
-        "evaluate", *options, "--guard", "guard", "--attacks", "fgsm", "--out", "reports/report.json"
+        "evaluate",
+        *options,
+        "--guard",
+        "guard",
+        "--attacks",
+        "fgsm",
+        "--out",
+        "reports/report.json",
     )
 
     assert (code, said.splitlines()[-1]) == (0, "Report written to reports/report.json.")

@@ -214,7 +214,9 @@ def test_a_base_that_cannot_be_written_to_is_an_error(
 ) -> None:
     (base / "file").touch()
     monkeypatch.setenv(BASE_VARIABLE, str(base / "file"))
-    with pytest.raises(ServerError, match=f"cannot create the metrics directory .* set {BASE_VARIABLE}"):
+    with pytest.raises(
+        ServerError, match=f"cannot create the metrics directory .* set {BASE_VARIABLE}"
+    ):
         open_metrics_directory()
 
 
@@ -226,7 +228,9 @@ def test_a_directory_that_somebody_else_prepared_is_an_error(base: Path, how: st
         folder.symlink_to(base / "elsewhere")
     else:
         folder.chmod(0o755)
-    with pytest.raises(ServerError, match="the metrics directory .* belongs to somebody else; remove it"):
+    with pytest.raises(
+        ServerError, match=r"the metrics directory .* belongs to somebody else; remove it"
+    ):
         open_metrics_directory()
 
 
@@ -250,7 +254,9 @@ def test_a_taken_port_is_counted_once_and_served_as_soon_as_it_is_free(
     assert eventually(lambda: answers(port))
     one.stop()
     assert failures == [1]
-    assert caplog.text.count(f"cannot export metrics on 127.0.0.1:{port}: Address already in use") == 1
+    assert (
+        caplog.text.count(f"cannot export metrics on 127.0.0.1:{port}: Address already in use") == 1
+    )
 
 
 def test_a_stopped_exporter_hands_the_port_to_the_next(
@@ -258,7 +264,8 @@ def test_a_stopped_exporter_hands_the_port_to_the_next(
 ) -> None:
     monkeypatch.setattr(exporter, "TAKEOVER_SECONDS", 0.01)
     first, second, third = (
-        Exporter(tmp_path, MetricsSettings(port=port), lambda: pytest.fail("no port")) for _ in range(3)
+        Exporter(tmp_path, MetricsSettings(port=port), lambda: pytest.fail("no port"))
+        for _ in range(3)
     )
     first.start()
     assert eventually(lambda: answers(port))

@@ -1,4 +1,4 @@
-"""A fingerprint changes with everything that makes a network answer differently, and with nothing else."""
+"""A fingerprint changes with whatever makes a network answer differently, and with nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_equal_weights_have_equal_fingerprints() -> None:
 
 def test_one_flipped_bit_changes_the_fingerprint(net: SmallNet) -> None:
     before = fingerprint(net)
-    net.stem.bias.view(torch.int32)[0] ^= 1
+    net.head.bias.view(torch.int32)[0] ^= 1
     assert fingerprint(net) != before
 
 

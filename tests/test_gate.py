@@ -52,7 +52,10 @@ class Service:
         )
 
     def invalid_counts(self) -> dict[str, float]:
-        found = {r.value: self.counts.value("invalid_inputs_total", reason=r.value) for r in InvalidReason}
+        found = {
+            r.value: self.counts.value("invalid_inputs_total", reason=r.value)
+            for r in InvalidReason
+        }
         return {reason: count for reason, count in found.items() if count}
 
 
@@ -98,7 +101,16 @@ def test_a_mixed_batch_gets_the_right_outcomes_from_exactly_one_forward_pass(
     serve: Callable[..., Service], net: SmallNet, clean: Clean, noise: bytes
 ) -> None:
     first, second = (png(image) for image in clean(2))
-    payloads = [first, b"garbage", nan_image(), png(torch.zeros(1, 40, 40)), first[:50], noise, second, b""]
+    payloads = [
+        first,
+        b"garbage",
+        nan_image(),
+        png(torch.zeros(1, 40, 40)),
+        first[:50],
+        noise,
+        second,
+        b"",
+    ]
     service = serve(limits={"max_pixels": 400})
     with counted_forwards(net) as forwards:
         outcomes = service.pass_batch(payloads)
@@ -114,7 +126,9 @@ def test_a_mixed_batch_gets_the_right_outcomes_from_exactly_one_forward_pass(
     ]
     assert forwards == [3]
     assert [o.answer for o in outcomes if o.invalid] == [None] * 5
-    assert [o.answer for o in outcomes if o.verdict] == service.handler.answer([first, noise, second])
+    assert [o.answer for o in outcomes if o.verdict] == service.handler.answer(
+        [first, noise, second]
+    )
 
 
 def test_every_request_of_a_mixed_batch_is_counted_once(
@@ -182,7 +196,9 @@ def test_flag_mode_answers_suspicious_requests_and_says_so(
     assert service.counts.verdicts() == {"flag": 1, "accept": 1}
 
 
-def test_an_outcome_carries_its_score_and_p_value(serve: Callable[..., Service], noise: bytes) -> None:
+def test_an_outcome_carries_its_score_and_p_value(
+    serve: Callable[..., Service], noise: bytes
+) -> None:
     service = serve()
     (outcome,) = service.pass_batch([noise])
     assert outcome.p_value == 1 / 1049
@@ -424,7 +440,9 @@ def test_an_interrupt_comes_through_and_the_next_batch_is_scored(
     service = serve()
     payloads = [png(clean(1)[0])]
     with pytest.raises(KeyboardInterrupt):
-        service.gate.pass_batch(payloads, lambda rows: Interrupted(service.handler.backbone).answer(payloads))
+        service.gate.pass_batch(
+            payloads, lambda rows: Interrupted(service.handler.backbone).answer(payloads)
+        )
     assert verdicts(service.pass_batch(payloads)) == [ACCEPT]
 
 
@@ -499,7 +517,11 @@ def test_new_rules_hold_from_the_next_batch_on_and_are_published(
     ("flag", "error", "sentence"),
     [
         ({"target_fpr": 1e-5}, CalibrationError, "needs at least 100000 calibration images"),
-        ({"score": 1, "per_class": {"cat": {"score": 1}}}, ConfigError, "flag.per_class names the class"),
+        (
+            {"score": 1, "per_class": {"cat": {"score": 1}}},
+            ConfigError,
+            "flag.per_class names the class",
+        ),
     ],
 )
 def test_rules_that_cannot_be_kept_leave_the_old_ones_in_force(
@@ -530,14 +552,18 @@ def test_rules_exchanged_while_a_batch_runs_do_not_touch_it(
     assert verdicts(service.gate.pass_batch([noise], answer)) == [REJECT]
 
 
-def test_the_guards_own_time_is_measured_by_stage(serve: Callable[..., Service], noise: bytes) -> None:
+def test_the_guards_own_time_is_measured_by_stage(
+    serve: Callable[..., Service], noise: bytes
+) -> None:
     service = serve()
     service.pass_batch([noise])
     for stage in ("check", "score", "decide"):
         assert service.counts.value("guard_seconds_count", stage=stage) == 1
 
 
-def test_a_guard_for_other_weights_never_gets_a_gate(serve: Callable[..., Service], net: SmallNet) -> None:
+def test_a_guard_for_other_weights_never_gets_a_gate(
+    serve: Callable[..., Service], net: SmallNet
+) -> None:
     net.head.bias[0] += 1
     with pytest.raises(ArtifactError, match="was fitted for the backbone"):
         serve()

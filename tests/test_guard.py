@@ -17,6 +17,7 @@ from defense.detectors import Detector
 from defense.errors import ArtifactError, CalibrationError, GuardFailure
 from defense.fingerprint import fingerprint
 from defense.guard import Guard, InputSpec
+from defense.offline.fit import FitOptions, fit_module
 from defense.routers.activation import ActivationRouter
 from defense.types import PathLayout, Routed, Site, Verdict
 from tests.conftest import Digits
@@ -73,8 +74,10 @@ def test_the_settings_decide_what_is_refused(guard: Guard, net: SmallNet) -> Non
 
 
 def test_a_guard_that_is_taken_off_leaves_no_hook(guard: Guard, net: SmallNet) -> None:
-    with pytest.raises(KeyError), guard.attach(net):
+    with guard.attach(net):
         assert hook_count(net) > 0
+    assert hook_count(net) == 0
+    with pytest.raises(KeyError), guard.attach(net):
         raise KeyError
     assert hook_count(net) == 0
 
@@ -86,7 +89,8 @@ def test_a_guard_for_other_weights_is_refused_and_both_fingerprints_are_named(
         net.head.bias[0] += 1e-3
     other = fingerprint(net)
     with pytest.raises(
-        ArtifactError, match=f"backbone {guard.fingerprint[:16]} and this one is {other[:16]}; fit a"
+        ArtifactError,
+        match=f"backbone {guard.fingerprint[:16]} and this one is {other[:16]}; fit a",
     ):
         guard.attach(net)
     assert hook_count(net) == 0
@@ -127,7 +131,9 @@ def test_a_detector_for_another_path_is_found_before_the_first_request(
         shorter.attach(net)
 
 
-def test_a_backbone_that_fails_on_the_trial_is_left_without_hooks(guard: Guard, net: SmallNet) -> None:
+def test_a_backbone_that_fails_on_the_trial_is_left_without_hooks(
+    guard: Guard, net: SmallNet
+) -> None:
     colour = dataclasses.replace(guard, inputs=InputSpec((3, 8, 8), "float32"))
     with pytest.raises(RuntimeError, match="channels"):
         colour.attach(net)
@@ -163,7 +169,9 @@ def test_scoring_keeps_no_graph(guard: Guard) -> None:
     assert not guard.score(run).score.requires_grad
 
 
-def test_a_guard_observes_a_backbone_that_is_being_differentiated(guard: Guard, net: SmallNet) -> None:
+def test_a_guard_observes_a_backbone_that_is_being_differentiated(
+    guard: Guard, net: SmallNet
+) -> None:
     x = torch.rand(2, 1, 8, 8, requires_grad=True)
     with guard.attach(net) as attached, attached.backbone.record() as recording:
         net(x).sum().backward()
@@ -173,7 +181,13 @@ def test_a_guard_observes_a_backbone_that_is_being_differentiated(guard: Guard, 
 
 @pytest.mark.parametrize(
     ("shape", "accepted"),
-    [((2, 3, 8, 8), True), ((2, 3, 9, 8), True), ((2, 1, 8, 8), False), ((2, 3, 8), False), ((2,), False)],
+    [
+        ((2, 3, 8, 8), True),
+        ((2, 3, 9, 8), True),
+        ((2, 1, 8, 8), False),
+        ((2, 3, 8), False),
+        ((2,), False),
+    ],
 )
 def test_an_input_spec_accepts_rows_of_its_shape(shape: tuple[int, ...], accepted: bool) -> None:
     assert InputSpec((3, -1, 8), "float32").accepts(torch.zeros(shape)) is accepted
@@ -186,18 +200,19 @@ def test_an_input_spec_makes_an_example_of_its_shape_and_type() -> None:
 
 @pytest.mark.parametrize("dtype", ["float33", "nn", "save", ""])
 def test_an_input_spec_refuses_what_is_no_type(dtype: str) -> None:
-    with pytest.raises(ArtifactError, match=f"names the unknown input type '{dtype}'; fit it again"):
+    with pytest.raises(
+        ArtifactError, match=f"names the unknown input type '{dtype}'; fit it again"
+    ):
         InputSpec((1,), dtype)
 
 
 def test_a_module_with_buffers_alone_can_be_guarded() -> None:
     """The device is read from the state dict, not from parameters."""
-    from defense.offline.fit import FitOptions, fit_module
 
     class Frozen(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("w", torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+            self.w = nn.Buffer(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
             self.act = nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,8 +45,8 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    yield Watched(tmp_path / "guard.yaml")
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path / "guard.yaml")
 
 
 def test_a_file_that_does_not_change_is_left_alone(watched: Watched) -> None:
@@ -131,7 +130,9 @@ def test_an_edit_reaches_a_worker_within_two_seconds_by_polling_more_often_than_
 
 def test_a_configuration_file_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "guard.yaml"
-    with pytest.raises(ConfigError, match=rf"no configuration file {re.escape(str(path))}; name an"):
+    with pytest.raises(
+        ConfigError, match=rf"no configuration file {re.escape(str(path))}; name an"
+    ):
         existing(path)
     path.touch()
     assert existing(path) == path

@@ -95,7 +95,9 @@ def test_exactly_one_mode_is_in_force(counts: Counts) -> None:
 
 def test_targets_and_the_guard_at_work_are_published(counts: Counts) -> None:
     counts.metrics.target_fpr("flag", 0.01)
-    counts.metrics.describe(router="activation", detector="density", fingerprint="0123456789abcdef99")
+    counts.metrics.describe(
+        router="activation", detector="density", fingerprint="0123456789abcdef99"
+    )
     assert counts.value("target_fpr", tier="flag") == 0.01
     labels = {"router": "activation", "detector": "density", "fingerprint": "0123456789abcdef"}
     assert counts.value("guard_info", **labels) == 1

@@ -21,7 +21,10 @@ NOISE = encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
 def header_of_a_png(width: int, height: int) -> bytes:
     """Return a PNG that claims a size and holds no pixels."""
     size = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (size, b"IDAT"))
+    chunks = (
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c))
+        for c in (size, b"IDAT")
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 

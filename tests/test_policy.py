@@ -18,7 +18,9 @@ CLASSES = ("cat", "dog")
 CALIBRATION = Calibration(torch.arange(100.0), torch.arange(100) % 2)
 
 
-def verdicts(scores: list[float], predicted: list[int] | None = None, **rules: Any) -> list[Verdict]:
+def verdicts(
+    scores: list[float], predicted: list[int] | None = None, **rules: Any
+) -> list[Verdict]:
     """Return the verdicts on scores against a hundred clean ones, 0 to 99."""
     rules.setdefault("flag", {"target_fpr": 0.1})
     rules.setdefault("reject", {"target_fpr": 0.02})
@@ -32,7 +34,9 @@ def test_a_request_is_flagged_or_rejected_from_its_target_rate_on() -> None:
     assert verdicts([90, 90.5, 97.5, 98.5]) == [ACCEPT, FLAG, FLAG, REJECT]
 
 
-@pytest.mark.parametrize(("mode", "verdict"), [("enforce", REJECT), ("flag", FLAG), ("shadow", REJECT)])
+@pytest.mark.parametrize(
+    ("mode", "verdict"), [("enforce", REJECT), ("flag", FLAG), ("shadow", REJECT)]
+)
 def test_a_rejection_stays_one_in_shadow_and_becomes_a_flag_in_flag_mode(
     mode: str, verdict: Verdict
 ) -> None:
@@ -40,7 +44,7 @@ def test_a_rejection_stays_one_in_shadow_and_becomes_a_flag_in_flag_mode(
 
 
 def test_a_raw_score_is_a_threshold_of_its_own() -> None:
-    rules = {"flag": {"score": 10}, "reject": {"score": 20.5}}
+    rules: dict[str, Any] = {"flag": {"score": 10}, "reject": {"score": 20.5}}
     assert verdicts([9.9, 10, 20.4, 20.5], **rules) == [ACCEPT, FLAG, FLAG, REJECT]
 
 
@@ -60,7 +64,9 @@ def test_a_class_with_a_rule_of_its_own_is_exempt_from_the_general_one() -> None
 
 
 def test_a_class_is_named_by_its_name_before_its_number() -> None:
-    settings = ModelSettings.model_validate({"flag": {"score": 1, "per_class": {"1": {"score": 5}}}})
+    settings = ModelSettings.model_validate(
+        {"flag": {"score": 1, "per_class": {"1": {"score": 5}}}}
+    )
     calibration = Calibration(torch.arange(1000.0), torch.zeros(1000).long())
     assert list(make_policy(settings, calibration, ("1", "0")).flag.per_class) == [0]
     assert list(make_policy(settings, calibration, CLASSES).flag.per_class) == [1]
@@ -76,8 +82,11 @@ def test_a_class_that_the_guard_lacks_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("tier", ["flag", "reject"])
 def test_a_rate_that_calibration_cannot_promise_is_an_error(tier: str) -> None:
-    with pytest.raises(CalibrationError, match="of 0.001 needs at least 1000 .* the guard has 100"):
-        verdicts([1], **{tier: {"target_fpr": 0.001}})
+    rules: dict[str, Any] = {tier: {"target_fpr": 0.001}}
+    with pytest.raises(
+        CalibrationError, match=r"of 0\.001 needs at least 1000 .* the guard has 100"
+    ):
+        verdicts([1], **rules)
 
 
 def test_a_class_rate_that_calibration_cannot_promise_is_an_error() -> None:
@@ -86,7 +95,9 @@ def test_a_class_rate_that_calibration_cannot_promise_is_an_error() -> None:
 
 
 def test_the_published_target_of_a_raw_score_is_the_rate_that_it_stands_for() -> None:
-    settings = ModelSettings.model_validate({"flag": {"score": 90.5}, "reject": {"target_fpr": 0.02}})
+    settings = ModelSettings.model_validate(
+        {"flag": {"score": 90.5}, "reject": {"target_fpr": 0.02}}
+    )
     policy = make_policy(settings, CALIBRATION, CLASSES)
     assert target_fpr(policy.flag, CALIBRATION) == 10 / 101
     assert target_fpr(policy.reject, CALIBRATION) == 0.02

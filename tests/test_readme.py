@@ -31,7 +31,9 @@ def test_the_python_example_prints_what_the_readme_shows() -> None:
 
 def test_the_commands_of_the_readme_exist() -> None:
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    used = set(re.findall(r"pathguard (doctor|fit|wrap|serve|evaluate|unwrap|demo|bench)\b", README))
+    used = set(
+        re.findall(r"pathguard (doctor|fit|wrap|serve|evaluate|unwrap|demo|bench)\b", README)
+    )
 
     assert used <= known
     assert {"doctor", "fit", "wrap", "serve", "evaluate", "unwrap", "demo"} <= used

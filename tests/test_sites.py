@@ -67,7 +67,9 @@ class TextNet(nn.Module):
         return logits
 
 
-def test_a_residual_network_is_observed_at_its_activations_and_blocks_in_order_of_execution() -> None:
+def test_a_residual_network_is_observed_at_its_activations_and_blocks_in_order_of_execution() -> (
+    None
+):
     sites = discover_sites(seeded_net(), torch.zeros(2, 1, 8, 8))
     assert sites == (
         Site("act", 0, 12, 1),
@@ -142,7 +144,9 @@ def test_a_squeeze_and_excitation_block_is_observed_on_the_channels_that_it_scal
 
 def test_a_module_used_twice_is_two_sites() -> None:
     relu = nn.ReLU()
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 6, 3), relu, nn.Flatten(), nn.LazyLinear(2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 6, 3), relu, nn.Flatten(), nn.LazyLinear(2)
+    )
     sites = discover_sites(net.eval(), IMAGE)
     assert sites == (Site("1", 0, 4, 1), Site("1", 1, 6, 1))
 

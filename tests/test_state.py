@@ -1,4 +1,4 @@
-"""Frozen dataclasses become JSON and tensors and come back; what does not fit is said in one sentence."""
+"""Frozen dataclasses become JSON and tensors and come back; what does not fit is an error."""
 
 from __future__ import annotations
 
@@ -61,9 +61,15 @@ def test_a_whole_number_is_a_float_where_one_was_expected() -> None:
         ({"depth": True}, "the guard holds True where float was expected"),
         ({"depth": "0.5"}, "the guard holds '0.5' where float was expected"),
         ({"deep": 1}, "the guard holds 1 where bool was expected"),
-        ({"leaves": [{"weight": {"tensor": "gone"}, "name": ""}]}, "the guard lacks the tensor that"),
+        (
+            {"leaves": [{"weight": {"tensor": "gone"}, "name": ""}]},
+            "the guard lacks the tensor that",
+        ),
         ({"leaves": [{"weight": [1.0], "name": ""}]}, r"describes as \[1\.0\]"),
-        ({"leaves": [{"name": ""}]}, r"describes Leaf with \['name'\]; expected \['name', 'weight'\]"),
+        (
+            {"leaves": [{"name": ""}]},
+            r"describes Leaf with \['name'\]; expected \['name', 'weight'\]",
+        ),
         ({"leaves": ["x"]}, "describes Leaf with x; expected"),
         ({"extra": 1}, r"describes Tree with \['deep', 'depth', 'extra'"),
     ],

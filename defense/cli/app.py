@@ -138,16 +138,25 @@ def wrap(
 
     Example: `pathguard wrap model.mar --guard guard/ --out model_store/model.mar`
     """
-    from defense.archive import read_archive, wrap_archive
+    from defense.archive import read_archive
     from defense.artifact import load_guard
-    from defense.config import read_settings
+    from defense.config import Settings, read_settings
     from defense.gate import make_rules
     from defense.guard import check_backbone
+    from defense.wrap import wrap_archive
     from handlers.torchserve import HANDLER_SOURCE
 
     fitted = load_guard(guard)
-    if config:
-        make_rules(read_settings(config).for_model(read_archive(archive).model_name), fitted)
+    settings = read_settings(config) if config else Settings()
+    note = ""
+    try:
+        make_rules(settings.for_model(read_archive(archive).model_name), fitted)
+    except PathGuardError as error:
+        if config:
+            raise
+        note = (
+            f"It will not start with the default thresholds: {error}; or set others in guard.yaml."
+        )
     with console.status("Checking the guard against the archive"), _opened(archive) as served:
         check_backbone(fitted, served.backbone)
     wrap_archive(
@@ -157,8 +166,8 @@ def wrap(
         handler_source=HANDLER_SOURCE,
         guard_config=config.read_bytes() if config else None,
     )
-    console.print(f"Guarded archive written to {out}.")
-    _next(f"pathguard serve {out}")
+    console.print(f"Guarded archive written to {out}. {note}", soft_wrap=True, highlight=False)
+    _next(f"pathguard serve {out} --config config/guard.yaml")
 
 
 @app.command()
@@ -169,7 +178,7 @@ def unwrap(
 
     Example: `pathguard unwrap model_store/model.mar --out model.mar`
     """
-    from defense.archive import unwrap_archive
+    from defense.wrap import unwrap_archive
 
     unwrap_archive(archive, out)
     console.print(f"Original archive written to {out}.")
@@ -198,7 +207,8 @@ def serve(
     """
     from defense.archive import read_archive
     from defense.config import Settings, read_settings
-    from handlers.torchserve_server import ServedModel, ServerSettings, TorchServe
+    from handlers.torchserve_server import TorchServe
+    from handlers.torchserve_settings import ServedModel, ServerSettings
 
     settings = read_settings(config) if config else Settings()
     models = tuple(
@@ -242,7 +252,8 @@ def doctor(archive: ArchiveFile) -> None:
 
     Example: `pathguard doctor model.mar`
     """
-    from defense.archive import archive_obstacles, read_archive
+    from defense.archive import read_archive
+    from defense.obstacles import archive_obstacles
     from defense.offline.collect import describe_backbone
 
     obstacles = archive_obstacles(read_archive(archive))

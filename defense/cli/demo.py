@@ -22,7 +22,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from defense.archive import wrap_archive
 from defense.artifact import save_guard
 from defense.cli.client import Answer, send
 from defense.offline.attacks import make_attack, uniform_noise
@@ -32,15 +31,11 @@ from defense.offline.demo.digits import EPOCHS, pack_digits, train_digits, write
 from defense.offline.fit import FitOptions, fit_archive
 from defense.offline.pixels import find_pixel_space
 from defense.offline.progress import bar
+from defense.wrap import wrap_archive
 from handlers.torchserve import HANDLER_SOURCE
 from handlers.torchserve_inner import open_archive
-from handlers.torchserve_server import (
-    ServedModel,
-    ServerSettings,
-    TorchServe,
-    free_port,
-    on_free_ports,
-)
+from handlers.torchserve_server import TorchServe, free_port, on_free_ports
+from handlers.torchserve_settings import ServedModel, ServerSettings
 
 EPS = 0.1
 """Largest change of a pixel by FGSM and PGD; usual for digits, where strokes differ by more."""

@@ -47,9 +47,9 @@ def test_its_name_is_that_of_its_row(name: str, router: Router) -> None:
 
 
 def test_it_is_a_frozen_dataclass(name: str, router: Router) -> None:
-    assert dataclasses.is_dataclass(router)
+    fields = dataclasses.fields(router_named(name))  # type: ignore[arg-type]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        router.layout = router.layout  # type: ignore[misc]
+        setattr(router, fields[0].name, None)
 
 
 def test_a_path_is_finite_single_precision_and_as_long_as_the_layout_says(
@@ -96,7 +96,9 @@ def test_the_logits_are_bit_identical_and_no_hook_stays(
 
 def test_reducing_leaves_what_the_layer_returned_alone(name: str, router: Router) -> None:
     for site in router.layout.sites:
-        output = torch.randn(2, site.channels, 3, 3) if site.axis == 1 else torch.randn(2, site.channels)
+        output = (
+            torch.randn(2, site.channels, 3, 3) if site.axis == 1 else torch.randn(2, site.channels)
+        )
         before = output.clone()
         router.reduce(output, site)
         assert torch.equal(output, before)
@@ -104,7 +106,14 @@ def test_reducing_leaves_what_the_layer_returned_alone(name: str, router: Router
 
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((2, 5), -1), ((2, 5, 4), 1), ((2, 5, 4, 3), 1), ((2, 5, 4, 3, 2), 1), ((2, 4, 5), -1), ((2, 4, 3, 5), -1)],
+    [
+        ((2, 5), -1),
+        ((2, 5, 4), 1),
+        ((2, 5, 4, 3), 1),
+        ((2, 5, 4, 3, 2), 1),
+        ((2, 4, 5), -1),
+        ((2, 4, 3, 5), -1),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -24,7 +24,9 @@ def by_definition(view: DensityView, run: Routed) -> Tensor:
     for site, where in zip(view.sites, LAYOUT.columns, strict=True):
         x = site.standardise(run.path[:, where]).double()
         inside = x @ site.directions.double()
-        offset = (inside - site.gaussian.mean.double()[run.predicted]) @ site.gaussian.whiten.double().T
+        offset = (
+            inside - site.gaussian.mean.double()[run.predicted]
+        ) @ site.gaussian.whiten.double().T
         missed = x - inside @ site.directions.double().T
         for distance in (offset.square().mean(1), missed.square().sum(1) / x.shape[1]):
             columns.append((distance + DISTANCE_FLOOR).log())
@@ -34,7 +36,9 @@ def by_definition(view: DensityView, run: Routed) -> Tensor:
 def test_its_features_are_the_log_distances_inside_and_off_the_leading_directions() -> None:
     view = fit_density_view(fit_data(), LAYOUT, rank=3)
     run = Routed.concat([clean_runs(30, seed=7)[0], shifted_runs(30, seed=8)])
-    torch.testing.assert_close(view.features(run).double(), by_definition(view, run), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        view.features(run).double(), by_definition(view, run), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_its_score_is_the_mean_square_of_what_exceeds_the_usual() -> None:
@@ -69,7 +73,9 @@ def test_directions_are_orthonormal_and_never_more_than_the_images_carry() -> No
     for site in view.sites:
         rank = site.directions.shape[1]
         assert rank == 4
-        torch.testing.assert_close(site.directions.T @ site.directions, torch.eye(rank), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            site.directions.T @ site.directions, torch.eye(rank), rtol=0, atol=1e-5
+        )
 
 
 def test_the_two_halves_share_no_image_and_lose_none() -> None:

@@ -91,7 +91,9 @@ def test_data_without_any_variance_still_gives_finite_distances() -> None:
 def test_fewer_images_than_dimensions_give_a_usable_covariance() -> None:
     x = sample(5, 40)
     labels = torch.zeros(5, dtype=torch.long)
-    distance = fit_class_gaussian(x, labels, 1).distance(sample(20, 40, seed=1), labels[:1].expand(20))
+    distance = fit_class_gaussian(x, labels, 1).distance(
+        sample(20, 40, seed=1), labels[:1].expand(20)
+    )
     assert bool(distance.isfinite().all())
     assert float(distance.amin()) > 0
 

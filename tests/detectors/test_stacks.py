@@ -10,9 +10,7 @@ from defense.detectors.gaussian import Standardiser
 from defense.detectors.stacks import pad, stack_sites
 from defense.types import PathLayout, Site
 
-widths_and_ranks = st.lists(
-    st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=6
-)
+widths_and_ranks = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=6)
 
 
 @given(widths_and_ranks, st.integers(0, 5), st.integers(0, 2**31))
@@ -23,7 +21,8 @@ def test_stacked_sites_give_the_maps_and_energies_of_every_site(
     layout = PathLayout(tuple(Site(f"s{i}", 0, w, 1) for i, (w, _) in enumerate(sites)), ("mean",))
     weights = [torch.randn(w, k, generator=draw) for w, k in sites]
     standardisers = [
-        Standardiser(torch.randn(w, generator=draw), torch.rand(w, generator=draw) + 0.5) for w, _ in sites
+        Standardiser(torch.randn(w, generator=draw), torch.rand(w, generator=draw) + 0.5)
+        for w, _ in sites
     ]
     stacks = stack_sites(layout, standardisers, weights)
     path = torch.randn(rows, layout.length, generator=draw)

@@ -20,7 +20,8 @@ def test_its_score_is_the_decision_function_of_the_judge() -> None:
     _, judge = halves(data, 4)
     runs = (judge.clean, data.attacked, shifted_runs(20, seed=9))
     clean, attacked, new = (
-        detector.standardise(both_views(detector.density, detector.trajectory, run)).double() for run in runs
+        detector.standardise(both_views(detector.density, detector.trajectory, run)).double()
+        for run in runs
     )
     labels = torch.cat([torch.zeros(len(clean)), torch.ones(len(attacked))])
     model = LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000)
@@ -38,7 +39,9 @@ def test_it_tells_the_attacks_that_it_was_shown_from_clean_runs() -> None:
 def test_no_successful_attack_is_an_error_and_not_an_empty_judge() -> None:
     clean, labels = clean_runs(50, seed=1)
     nothing = clean.take(torch.zeros(50, dtype=torch.bool))
-    with pytest.raises(DataError, match="there are none; name some with --attacks, or use the density"):
+    with pytest.raises(
+        DataError, match="there are none; name some with --attacks, or use the density"
+    ):
         SupervisedRecipe().fit(FitData(clean, labels, nothing), LAYOUT, seed=0)
 
 

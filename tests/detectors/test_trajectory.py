@@ -1,4 +1,4 @@
-"""The trajectory detector: probes per site against scikit-learn's ridge, and the course that they see."""
+"""The trajectory detector: probes per site against scikit-learn's ridge, and the course they see."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def test_a_probe_is_a_ridge_regression_to_the_classes_in_both_spaces(count: int)
         new = probe.standardise(run.path[:, where]).double().numpy()
         logits = torch.tensor((ridge.predict(new) + target.mean(0)) / 0.1)
         np.testing.assert_allclose(
-            view.evidence(run)[:, index].numpy(), logits.log_softmax(1).numpy(), rtol=1e-3, atol=1e-3
+            view.evidence(run)[:, index].numpy(),
+            logits.log_softmax(1).numpy(),
+            rtol=1e-3,
+            atol=1e-3,
         )
 
 
@@ -55,5 +58,8 @@ def test_two_classes_are_enough() -> None:
 
 def test_layers_that_disagree_with_the_answer_are_suspicious() -> None:
     detector = TrajectoryRecipe().fit(fit_data(), LAYOUT, seed=0)
-    clean, late = detector.score(clean_runs(50, seed=4)[0]), detector.score(shifted_runs(50, seed=5))
+    clean, late = (
+        detector.score(clean_runs(50, seed=4)[0]),
+        detector.score(shifted_runs(50, seed=5)),
+    )
     assert float(late.median()) > float(clean.amax())

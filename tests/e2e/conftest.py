@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from defense.archive import wrap_archive
 from defense.artifact import save_guard
 from defense.offline.attacks import make_attack
 from defense.offline.collect import backbone_inputs
@@ -22,15 +21,11 @@ from defense.offline.demo.digits_model import DigitsNet
 from defense.offline.fit import FitOptions, fit_archive
 from defense.offline.pixels import find_pixel_space
 from defense.offline.progress import Silent
+from defense.wrap import wrap_archive
 from handlers.torchserve import HANDLER_SOURCE
 from handlers.torchserve_inner import open_archive
-from handlers.torchserve_server import (
-    ServedModel,
-    ServerSettings,
-    TorchServe,
-    free_port,
-    on_free_ports,
-)
+from handlers.torchserve_server import TorchServe, free_port, on_free_ports
+from handlers.torchserve_settings import ServedModel, ServerSettings
 from tests.archives import build_archive
 from tests.e2e import kinds
 

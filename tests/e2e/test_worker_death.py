@@ -12,13 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from handlers.torchserve_server import (
-    ServedModel,
-    ServerSettings,
-    TorchServe,
-    free_port,
-    on_free_ports,
-)
+from handlers.torchserve_server import TorchServe, free_port, on_free_ports
+from handlers.torchserve_settings import ServedModel, ServerSettings
 from tests.e2e.conftest import Pair, Running, guard_yaml
 from tests.e2e.requests import total
 

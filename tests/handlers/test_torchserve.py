@@ -15,13 +15,14 @@ import torch
 from prometheus_client import values
 from ts.context import Context, RequestProcessor
 
-from defense.archive import extract_archive, wrap_archive
+from defense.archive import extract_archive
 from defense.artifact import save_guard
 from defense.errors import ArtifactError, PathGuardError
 from defense.offline.data import read_images
 from defense.offline.demo.digits import pack_digits, write_digits
 from defense.offline.demo.digits_model import DigitsNet
 from defense.offline.fit import FitOptions, fit_archive
+from defense.wrap import wrap_archive
 from handlers.torchserve import HANDLER_SOURCE, TorchServeGuard
 from handlers.torchserve_inner import _offline_context, open_archive
 from handlers.torchserve_server import free_port
@@ -253,6 +254,8 @@ def test_a_missing_package_is_named_by_the_archives_handler(
 ) -> None:
     monkeypatch.setitem(sys.modules, "handlers.torchserve", None)
 
-    with pytest.raises(RuntimeError, match="install pathguard into the Python that runs the workers"):
+    with pytest.raises(
+        RuntimeError, match="install pathguard into the Python that runs the workers"
+    ):
         exec((folder / "pathguard_handler.py").read_text(), {})  # noqa: S102 - written by wrap
     assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == "set by the handler"

@@ -23,17 +23,11 @@ import pytest
 import torch
 from PIL import Image
 
-from defense.archive import wrap_archive
 from defense.errors import ArchiveError, ServerError
-from handlers import torchserve_server
-from handlers.torchserve_server import (
-    ServedModel,
-    ServerSettings,
-    TorchServe,
-    free_port,
-    on_free_ports,
-    render_properties,
-)
+from defense.wrap import wrap_archive
+from handlers import torchserve_process, torchserve_server
+from handlers.torchserve_server import TorchServe, free_port, on_free_ports
+from handlers.torchserve_settings import ServedModel, ServerSettings, render_properties
 from tests.archives import build_archive
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +212,7 @@ def test_without_java_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_torchserve_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchserve_server, "find_spec", lambda name: None)
+    monkeypatch.setattr(torchserve_process, "find_spec", lambda name: None)
     assert "'pip install torchserve'" in refusal(on_free_ports(ServerSettings()))
 
 
@@ -345,7 +339,7 @@ def test_a_server_that_never_gets_ready_is_stopped_with_all_its_children(
         time.sleep(60)
     """
     fake_java(tmp_path, monkeypatch, script)
-    monkeypatch.setattr(torchserve_server, "_STOP_SECONDS", 0.2)
+    monkeypatch.setattr(torchserve_process, "_STOP_SECONDS", 0.2)
     settings = replace(settings_for(archive, startup_timeout_s=1), log_file=tmp_path / "log")
     assert "TorchServe was not ready after 1 s (waiting for TorchServe)" in refusal(settings)
     pids = [int(pid) for pid in (tmp_path / "log").read_text().split()]
@@ -382,7 +376,7 @@ def test_an_installed_package_needs_no_python_path(
 ) -> None:
     report = tmp_path / "report"
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setattr(torchserve_server, "__file__", "/lib/site-packages/handlers/x.py")
+    monkeypatch.setattr(torchserve_process, "__file__", "/lib/site-packages/handlers/x.py")
     script = f"open({str(report)!r}, 'w').write(str('PYTHONPATH' in os.environ))"
     fake_java(tmp_path, monkeypatch, script)
     refusal(on_free_ports(ServerSettings()))
@@ -474,6 +468,7 @@ def test_a_process_that_is_told_to_end_takes_its_server_along(
     script = """
         from pathlib import Path
         from handlers.torchserve_server import *
+        from handlers.torchserve_settings import *
         with TorchServe(on_free_ports(ServerSettings(log_file=Path("log")))) as server:
             server.wait()
     """

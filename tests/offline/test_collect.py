@@ -67,13 +67,19 @@ def test_an_image_that_the_handler_cannot_read_is_an_error(
     net: SmallNet, guard: Guard, digits: Digits
 ) -> None:
     payloads = [png(digits.images[0]), b"garbage", png(digits.images[1])]
-    with pytest.raises(DataError, match="cannot read one of the images .UnidentifiedImageError: .*remove"):
+    with pytest.raises(
+        DataError, match=r"cannot read one of the images .UnidentifiedImageError: .*remove"
+    ):
         collected(PngHandler(net), guard, payloads)
 
 
-def test_images_that_go_one_by_one_but_not_together_are_an_error(net: SmallNet, guard: Guard) -> None:
+def test_images_that_go_one_by_one_but_not_together_are_an_error(
+    net: SmallNet, guard: Guard
+) -> None:
     payloads = [png(torch.zeros(1, size, size)) for size in (8, 9)]
-    with pytest.raises(ArchiveError, match="one by one but not together .RuntimeError: .*of one size"):
+    with pytest.raises(
+        ArchiveError, match=r"one by one but not together .RuntimeError: .*of one size"
+    ):
         collected(PngHandler(net), guard, payloads)
 
 

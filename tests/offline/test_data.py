@@ -37,7 +37,9 @@ def test_a_folder_and_a_zip_hold_the_same_images(
     assert images.names == ("cat/1.png", "cat/2.JPG", "dog/1.webp")
     assert images.class_names == ("cat", "dog")
     assert images.labels == (0, 0, 1)
-    assert [images.payload(i) for i in range(3)] == images.payloads(range(3)) == [b"c1", b"c2", b"d1"]
+    assert (
+        [images.payload(i) for i in range(3)] == images.payloads(range(3)) == [b"c1", b"c2", b"d1"]
+    )
     assert len(images) == 3
 
 
@@ -61,7 +63,9 @@ def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
 def test_no_image_is_an_error_that_says_what_was_expected(
     store: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"no images under .*; expected files such as CLASS/1\.png \(\.bmp"):
+    with pytest.raises(
+        DataError, match=r"no images under .*; expected files such as CLASS/1\.png \(\.bmp"
+    ):
         read_images(store(tmp_path, {"cat/readme.txt": b""}))
 
 
@@ -71,19 +75,25 @@ def test_a_single_class_is_an_error(tmp_path: Path) -> None:
 
 
 def test_images_beside_the_class_folders_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 images lie beside the class folders of .*; move them into"):
+    with pytest.raises(
+        DataError, match=r"2 images lie beside the class folders of .*; move them into"
+    ):
         read_images(as_folder(tmp_path, FILES | {"7.png": b"", "8.png": b""}))
 
 
 def test_data_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     where = tmp_path / "no" / "where"
-    with pytest.raises(DataError, match=f"there is no data at {re.escape(str(where))}; give a folder"):
+    with pytest.raises(
+        DataError, match=f"there is no data at {re.escape(str(where))}; give a folder"
+    ):
         read_images(where)
 
 
 def test_a_file_that_is_no_zip_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(DataError, match=r"data\.zip is no zip file; give a folder or a zip of images"):
+    with pytest.raises(
+        DataError, match=r"data\.zip is no zip file; give a folder or a zip of images"
+    ):
         read_images(tmp_path / "data.zip")
 
 

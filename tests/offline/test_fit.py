@@ -157,7 +157,9 @@ def test_a_router_that_takes_a_second_pass_cannot_serve(monkeypatch: pytest.Monk
         one_forward: ClassVar[bool] = False
 
     monkeypatch.setitem(ROUTERS, "two-passes", TwoPasses)
-    with pytest.raises(ConfigError, match="'two-passes' needs more than one forward pass and cannot"):
+    with pytest.raises(
+        ConfigError, match="'two-passes' needs more than one forward pass and cannot"
+    ):
         FitOptions(router="two-passes")
 
 
@@ -216,7 +218,9 @@ def test_a_supervised_archive_is_fitted_to_attacked_inputs(
 
 def test_too_few_images_are_an_error_that_says_how_many(net: SmallNet, folder: Path) -> None:
     few = read_images(folder).take(range(99))
-    with pytest.raises(DataError, match="99 images are too few to fit and calibrate on; give at least 100"):
+    with pytest.raises(
+        DataError, match="99 images are too few to fit and calibrate on; give at least 100"
+    ):
         fit_archive(PngHandler(net), few, options=FitOptions())
 
 

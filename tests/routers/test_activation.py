@@ -41,7 +41,9 @@ def test_a_vector_is_its_own_mean_and_maximum_and_does_not_deviate() -> None:
 
 def test_the_order_of_statistics_is_that_of_the_layout() -> None:
     maps = torch.randn(2, 3, 4, 4)
-    first, second = (router(*names).reduce(maps, MAPS) for names in (("max", "mean"), ("mean", "max")))
+    first, second = (
+        router(*names).reduce(maps, MAPS) for names in (("max", "mean"), ("mean", "max"))
+    )
     assert torch.equal(first[:, :3], second[:, 3:])
 
 
@@ -66,5 +68,5 @@ def test_the_path_owns_its_memory() -> None:
 
 def test_an_unknown_statistic_is_an_error_that_names_the_nearest() -> None:
     assert STATISTICS == ("mean", "max", "deviation")
-    with pytest.raises(ConfigError, match="no statistic 'maen'; did you mean 'mean'?"):
+    with pytest.raises(ConfigError, match=r"no statistic 'maen'; did you mean 'mean'\?"):
         router("maen")

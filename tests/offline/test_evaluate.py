@@ -1,0 +1,252 @@
+"""The report: right images alone, attacks that succeed alone, and every number recomputed by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from defense.backbone import GatedBackbone
+from defense.calibration import Calibration
+from defense.errors import ArtifactError, DataError
+from defense.guard import Guard
+from defense.offline.attacks import make_attack
+from defense.offline.collect import collect_inputs
+from defense.offline.data import ImageSet, read_images
+from defense.offline.evaluate import BASELINES, auroc, evaluate
+from defense.types import Routed
+from tests.conftest import TRAINED_ON, Digits
+from tests.served import PngHandler, SmallNet, hook_count, png
+
+COUNT, EPS = 60, 0.15
+
+
+@pytest.fixture(scope="module")
+def images(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """The first sixty digits that the network was not trained on, in folders 0 to 9."""
+    root = tmp_path_factory.mktemp("evaluation")
+    for row in range(TRAINED_ON, TRAINED_ON + COUNT):
+        target = root / str(int(digits.labels[row]))
+        target.mkdir(exist_ok=True)
+        (target / f"{row}.png").write_bytes(png(digits.images[row]))
+    return read_images(root)
+
+
+@pytest.fixture(scope="module")
+def tensors(digits: Digits, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """The same images and labels in the order of the files."""
+    rows = torch.tensor([int(Path(name).stem) for name in images.names])
+    return digits.images[rows], digits.labels[rows]
+
+
+@pytest.fixture(scope="module")
+def report(trained: SmallNet, guard: Guard, images: ImageSet) -> dict[str, Any]:
+    attacks = [make_attack("fgsm", eps=EPS), make_attack("bim", eps=EPS)]
+    return evaluate(
+        PngHandler(trained), guard, images, attacks, seed=5, command="pathguard evaluate x"
+    )
+
+
+def test_the_report_is_json_with_everything_that_the_design_names(
+    report: dict[str, Any], guard: Guard
+) -> None:
+    assert json.loads(json.dumps(report)) == report
+    assert {"clean", "attacks", "baselines", "seed", "versions", "fingerprint", "command"} <= set(
+        report
+    )
+    assert (report["seed"], report["command"]) == (5, "pathguard evaluate x")
+    assert report["fingerprint"] == guard.fingerprint
+    assert set(report["clean"]) >= {"n", "accuracy", "realised_fpr"}
+    assert set(report["clean"]["realised_fpr"]) == {"0.05", "0.01", "0.001"}
+    for row in report["attacks"].values():
+        assert {"eps", "n", "success_rate", "auroc", "tpr", "guarded_success_rate"} <= set(row)
+        assert set(row["tpr"]) == {"0.05", "0.01", "0.001"}
+    for baseline in report["baselines"].values():
+        assert set(baseline) == {"fgsm", "bim"}
+    assert report["delivery"] == "PNG through the archive's preprocessing"
+    assert report["calibration"] == {"n": guard.calibration.count}
+
+
+def test_the_clean_part_is_that_of_all_images(
+    report: dict[str, Any], trained: SmallNet, guard: Guard, tensors: tuple[Tensor, Tensor]
+) -> None:
+    x, y = tensors
+    with guard.attach(trained) as attached, torch.inference_mode():
+        p_value = attached(x).scored.p_value
+    accuracy = float((trained(x).argmax(1) == y).double().mean())
+    assert report["clean"]["n"] == COUNT
+    assert report["clean"]["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    for target, rate in report["clean"]["realised_fpr"].items():
+        assert rate == pytest.approx(float((p_value <= float(target)).double().mean()), abs=1e-4)
+
+
+def test_the_rows_of_an_attack_are_those_of_an_attack_made_by_hand(
+    report: dict[str, Any], trained: SmallNet, guard: Guard, tensors: tuple[Tensor, Tensor]
+) -> None:
+    x, y = tensors
+    right = trained(x).argmax(1) == y
+    x, y = x[right], y[right]
+    changed = make_attack("fgsm", eps=EPS).run(trained, x, y, seed=5)
+    won = trained(changed).argmax(1) != y
+    with GatedBackbone(trained, guard.router) as gated:
+        clean, attacked = (guard.score(collect_inputs(trained, gated, z)) for z in (x, changed))
+    row = report["attacks"]["fgsm"]
+    truth = [0] * len(x) + [1] * int(won.sum())
+    scores = torch.cat([clean.score, attacked.score[won]]).numpy()
+    assert row["n"] == len(x)
+    assert row["eps"] == EPS
+    assert row["success_rate"] == pytest.approx(float(won.double().mean()), abs=1e-4)
+    assert row["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-3)
+    tpr = float((attacked.p_value[won] <= 0.01).double().mean())
+    assert row["tpr"]["0.01"] == pytest.approx(tpr, abs=1e-4)
+    through = won & (attacked.p_value > 0.01)
+    assert row["guarded_success_rate"] == pytest.approx(float(through.double().mean()), abs=1e-4)
+    assert row["failed"]["n"] == int((~won).sum())
+    size = float((changed - x).abs().amax((1, 2, 3)).mean())
+    assert row["mean_linf"] == pytest.approx(size, abs=1e-4)
+
+
+def test_noise_of_the_attacks_size_is_the_control(report: dict[str, Any]) -> None:
+    control = report["controls"]["noise of fgsm's size"]
+    assert control["n"] == report["attacks"]["fgsm"]["n"]
+    assert set(control["fpr"]) == {"0.05", "0.01", "0.001"}
+
+
+def test_the_same_seed_gives_the_same_report(
+    report: dict[str, Any], trained: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    attacks = [make_attack("fgsm", eps=EPS), make_attack("bim", eps=EPS)]
+    again = evaluate(
+        PngHandler(trained), guard, images, attacks, seed=5, command="pathguard evaluate x"
+    )
+    assert again == report
+    assert hook_count(trained) == 0
+
+
+def test_without_attacks_the_report_is_about_clean_images(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    report = evaluate(PngHandler(net), guard, images, [], seed=0, command="")
+    assert report["clean"]["n"] == COUNT
+    assert report["attacks"] == report["controls"] == {}
+    assert "delivery" not in report
+
+
+def test_a_rate_below_what_calibration_can_promise_is_no_number(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    few = Calibration(guard.calibration.score[:100], guard.calibration.predicted[:100])
+    report = evaluate(
+        PngHandler(net), replace(guard, calibration=few), images, [], seed=0, command=""
+    )
+    realised = report["clean"]["realised_fpr"]
+    assert realised["0.001"] is None
+    assert realised["0.01"] is not None
+
+
+class Cropping(PngHandler):
+    """Enlarges what it decodes and takes the middle, so that no PNG arrives as it was."""
+
+    def decode(self, payload: object) -> Tensor:
+        image = super().decode(payload)[None]
+        large = torch.nn.functional.interpolate(image, (10, 10), mode="bilinear")
+        return large[0, :, 1:9, 1:9]
+
+
+def test_attacks_that_no_png_can_deliver_are_judged_at_the_backbones_input(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    attacks = [make_attack("fgsm", eps=EPS)]
+    report = evaluate(Cropping(net), guard, images, attacks, seed=0, command="")
+    assert report["delivery"] == "backbone input"
+    assert report["attacks"]["fgsm"]["success_rate"] > 0
+
+
+def test_unlabelled_images_are_an_error(net: SmallNet, guard: Guard, images: ImageSet) -> None:
+    unlabelled = ImageSet(images.root, images.names, None, ())
+    with pytest.raises(
+        DataError, match="evaluation needs labels and these images have none; give one"
+    ):
+        evaluate(PngHandler(net), guard, unlabelled, [], seed=0, command="")
+
+
+def test_a_class_that_the_guard_does_not_know_is_an_error(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    renamed = ImageSet(images.root, images.names, images.labels, (*images.class_names[:-1], "ten"))
+    with pytest.raises(
+        DataError, match=r"knows no class 'ten' \(its classes are 0, 1, .*as at the fit"
+    ):
+        evaluate(PngHandler(net), guard, renamed, [], seed=0, command="")
+
+
+def test_a_network_that_gets_nothing_right_cannot_be_attacked(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    assert images.labels is not None
+    wrong = tuple((label + 1) % 10 for label in images.labels)
+    hard = ImageSet(images.root, images.names, wrong, images.class_names)
+    rows = [
+        i for i, p in enumerate(images.payloads(range(COUNT))) if _right(net, p, images.labels[i])
+    ]
+    with pytest.raises(DataError, match="gets none of these images right; nothing to attack"):
+        evaluate(
+            PngHandler(net),
+            guard,
+            hard.take(rows),
+            [make_attack("fgsm", eps=EPS)],
+            seed=0,
+            command="",
+        )
+
+
+def _right(net: SmallNet, payload: bytes, label: int) -> bool:
+    (answer,) = PngHandler(net).answer([payload])
+    assert isinstance(answer, dict)
+    return bool(answer["class"] == label)
+
+
+def test_a_guard_for_other_weights_is_refused(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    net.head.bias[0] += 1
+    with pytest.raises(ArtifactError, match="was fitted for the backbone"):
+        evaluate(PngHandler(net), guard, images, [], seed=0, command="")
+
+
+values = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=20)
+
+
+@given(values, values)
+def test_auroc_is_that_of_scikit_learn_ties_included(
+    negative: list[float], positive: list[float]
+) -> None:
+    truth = [0] * len(negative) + [1] * len(positive)
+    expected = roc_auc_score(truth, negative + positive)
+    assert auroc(torch.tensor(negative), torch.tensor(positive)) == pytest.approx(
+        expected, abs=6e-5
+    )
+
+
+def test_auroc_of_nothing_is_no_number() -> None:
+    assert auroc(torch.zeros(0), torch.ones(1)) is None
+    assert auroc(torch.ones(1), torch.zeros(0)) is None
+
+
+def test_baselines_call_a_hesitant_answer_more_suspicious_than_a_sure_one() -> None:
+    run = Routed(torch.tensor([[9.0, 0.0, 0.0], [1.0, 0.9, 0.0]]), torch.zeros(2, 1))
+    for baseline in BASELINES.values():
+        sure, hesitant = baseline(run).tolist()
+        assert sure < hesitant
+    softmax = np.exp(9) / (np.exp(9) + 2)
+    assert BASELINES["max_softmax"](run)[0].item() == pytest.approx(-softmax)
+    assert BASELINES["margin"](run)[1].item() == pytest.approx(-0.1)
