@@ -159,12 +159,14 @@ class GatedBackbone:
             call = run.calls.get(name, 0)
             run.calls[name] = call + 1
             index = self._sites.get((name, call))
-            tensor = first_tensor(output)
+            tensor = output if isinstance(output, Tensor) else first_tensor(output)
             if index is None or tensor is None:
                 return
+            if tensor.requires_grad:  # a call per site is worth sparing
+                tensor = tensor.detach()
             try:
                 site = self.router.layout.sites[index]
-                run.statistics[index] = self.router.reduce(tensor.detach(), site)
+                run.statistics[index] = self.router.reduce(tensor, site)
             except Exception as error:
                 # The guard must never break the prediction that it observes.
                 recording.failure = error

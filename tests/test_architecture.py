@@ -21,12 +21,11 @@ SERVERS = ("ts", "handlers")
 
 LAYERS = (
     ("errors", "types", "fingerprint"),
-    ("sites", "routers", "detectors", "config", "state"),
-    ("backbone", "calibration", "payload", "live"),
-    ("policy", "metrics", "exporter"),
+    ("sites", "routers", "detectors", "config", "state", "archive"),
+    ("backbone", "calibration", "payload", "live", "obstacles"),
+    ("policy", "metrics", "exporter", "wrap"),
     ("guard",),
     ("artifact", "gate"),
-    ("archive",),
     ("offline",),
     ("cli",),
 )

@@ -104,6 +104,7 @@ def test_an_exception_inside_a_probe_comes_through() -> None:
 def test_recordings_nest_and_the_outer_one_goes_on_afterwards() -> None:
     net, x = seeded_net(), images_like_noise(2, 1)
     with GatedBackbone(net, activation_router(net, x)) as gated, gated.record() as outer:
+        net(x)
         with gated.record() as inner:
             net(x)
         net(x)

@@ -201,6 +201,23 @@ def test_directories_of_servers_that_are_gone_are_removed_and_others_stay(base: 
     assert sorted(p.name for p in base.iterdir()) == sorted([*stay, folder.name])
 
 
+def test_a_directory_whose_process_cannot_be_looked_at_stays(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base / f"pathguard-metrics-{os.getuid()}-1-5"
+    folder.mkdir()
+    process = psutil.Process
+
+    def look(pid: int) -> psutil.Process:
+        if pid == 1:
+            raise psutil.AccessDenied(pid)
+        return process(pid)
+
+    monkeypatch.setattr(psutil, "Process", look)
+    open_metrics_directory()
+    assert folder.exists()
+
+
 def test_the_temporary_directory_is_the_base_where_none_is_named(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

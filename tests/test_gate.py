@@ -429,6 +429,29 @@ def test_a_handler_without_one_answer_per_request_fails_with_a_sentence(
     assert service.counts.value("errors_total", stage="handler") == 2
 
 
+class ByKeyword(PngHandler):
+    """Calls its backbone with a named argument, so that nobody sees the input."""
+
+    def infer(self, batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.backbone(x=batch)
+        return logits
+
+
+def test_a_handler_that_calls_its_backbone_by_keyword_is_guarded_too(
+    serve: Callable[..., Service], net: SmallNet, clean: Clean, noise: bytes
+) -> None:
+    service = serve(ByKeyword)
+    with counted_forwards(net) as forwards:
+        outcomes = service.pass_batch([png(clean(1)[0]), b"garbage", nan_image(), noise])
+    assert verdicts(outcomes) == [ACCEPT, None, None, REJECT]
+    assert [o.invalid for o in outcomes[1:3]] == [
+        InvalidReason.NOT_AN_IMAGE,
+        InvalidReason.NOT_FINITE,
+    ]
+    assert forwards == [3]
+
+
 class Interrupted(PngHandler):
     def postprocess(self, logits: Tensor) -> list[object]:
         raise KeyboardInterrupt

@@ -179,6 +179,20 @@ def test_a_guard_observes_a_backbone_that_is_being_differentiated(
     assert x.grad is not None
 
 
+def test_optimising_keeps_the_answers_to_rounding(
+    guard: Guard, net: SmallNet, digits: Digits
+) -> None:
+    batch = digits.images[:20]
+    expected = net(batch)
+    settings = ModelSettings.model_validate({"optimize": True})
+    with guard.attach(net, settings) as attached:
+        guarded = attached(batch)
+    assert net.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(guarded.logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(guarded.logits.argmax(1), expected.argmax(1))
+    assert fingerprint(net) == guard.fingerprint
+
+
 @pytest.mark.parametrize(
     ("shape", "accepted"),
     [

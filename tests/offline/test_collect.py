@@ -20,6 +20,7 @@ from defense.offline.collect import (
     backbone_inputs,
     collect,
     collect_inputs,
+    describe_backbone,
     input_spec,
 )
 from defense.offline.progress import Silent
@@ -152,3 +153,21 @@ def test_inputs_of_different_rank_are_an_error(net: SmallNet) -> None:
     colour = encoded(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ArchiveError, match="inputs of different rank; it cannot be guarded"):
         input_spec(served, [colour, png(torch.zeros(1, 8, 8))])
+
+
+def test_a_backbone_is_described_from_a_synthetic_image(net: SmallNet) -> None:
+    assert describe_backbone(PngHandler(net)) == "SmallNet, 3 sites, 36 channels"
+
+
+class Choosy(PngHandler):
+    """Reads nothing but its own format."""
+
+    def decode(self, payload: object) -> Tensor:
+        raise ValueError("not mine")
+
+
+def test_a_handler_that_reads_no_common_image_is_described_all_the_same(net: SmallNet) -> None:
+    assert describe_backbone(Choosy(net)) == (
+        "SmallNet (its handler read none of the test images; 'pathguard fit' will tell)"
+    )
+    assert hook_count(net) == 0

@@ -183,10 +183,23 @@ def test_a_class_that_the_guard_does_not_know_is_an_error(
     net: SmallNet, guard: Guard, images: ImageSet
 ) -> None:
     renamed = ImageSet(images.root, images.names, images.labels, (*images.class_names[:-1], "ten"))
+    folders = replace(guard, facts={"labels": "folders"})
     with pytest.raises(
         DataError, match=r"knows no class 'ten' \(its classes are 0, 1, .*as at the fit"
     ):
-        evaluate(PngHandler(net), guard, renamed, [], seed=0, command="")
+        evaluate(PngHandler(net), folders, renamed, [], seed=0, command="")
+
+
+def test_folders_are_matched_by_the_networks_answers_where_the_guard_was_fitted_without_labels(
+    net: SmallNet, guard: Guard, images: ImageSet
+) -> None:
+    assert images.labels is not None
+    few = images.take([row for row, label in enumerate(images.labels) if label in (0, 2, 6)])
+    renamed = replace(few, class_names=tuple(f"the {name}s" for name in few.class_names))
+    unnamed = replace(guard, facts={"labels": "the network's own answers"})
+    found = evaluate(PngHandler(net), unnamed, renamed, [], seed=0, command="")
+    assert found == evaluate(PngHandler(net), guard, few, [], seed=0, command="")
+    assert found["clean"]["accuracy"] > 0.8
 
 
 def test_a_network_that_gets_nothing_right_cannot_be_attacked(
