@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from defense.config import Settings, read_settings
-from defense.errors import ConfigError, PathGuardError
+from defense.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class ConfigWatcher:
         self._seen = signature
         try:
             self._apply(read_settings(self._path))
-        except PathGuardError as error:
+        except Exception as error:
+            # Whatever it is, the next edit has to be seen.
             logger.error("guard.yaml was not applied, the settings in force stay: %s", error)
             self._report("invalid")
         else:

@@ -5,7 +5,7 @@ No network is known by name: the rule looks at what the modules are and at what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Call], Tensor | None]
     counts: dict[str, int] = {}
     mixer: nn.Module | None = None
 
-    def hook_for(name: str) -> object:
+    def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _args: object, output: object) -> None:
             nonlocal mixer
             if isinstance(module, MAPS + TOKENS):
@@ -70,7 +70,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Call], Tensor | None]
         return hook
 
     handles = [
-        module.register_forward_hook(hook_for(name))  # type: ignore[arg-type]
+        module.register_forward_hook(hook_for(name))
         for name, module in model.named_modules()
     ]
     try:

@@ -22,7 +22,8 @@ Tensors = dict[str, Tensor]
 def split(value: object, prefix: str = "") -> tuple[Any, Tensors]:
     """Return a JSON-ready description of `value` and its tensors by dotted field name."""
     if isinstance(value, Tensor):
-        return {"tensor": prefix}, {prefix: value.detach().cpu().contiguous()}
+        # A copy, because safetensors refuses tensors that share memory.
+        return {"tensor": prefix}, {prefix: value.detach().cpu().contiguous().clone()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items: Any = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     elif isinstance(value, (tuple, list)):

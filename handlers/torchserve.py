@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ TITLES = {
 class TorchServeGuard:
     """The handler of a guarded archive: TorchServe calls `initialize` once, `handle` per batch."""
 
+    def __init__(self) -> None:
+        self._release = ExitStack()
+
     def initialize(self, context: Context) -> None:
         """Load the archive's own handler and its guard, and refuse to start where they do not fit."""
         try:
@@ -106,9 +110,16 @@ class TorchServeGuard:
         metrics.describe(
             router=guard.router.name, detector=guard.detector.name, fingerprint=guard.fingerprint
         )
-        Exporter(metrics_folder, settings.metrics, lambda: metrics.error("exporter")).start()
+        exporter = Exporter(metrics_folder, settings.metrics, lambda: metrics.error("exporter"))
+        exporter.start()
+        self._release.callback(exporter.stop)
         if watcher:
             watcher.start()
+            self._release.callback(watcher.stop)
+
+    def close(self) -> None:
+        """Stop what runs beside the handler. TorchServe ends its workers instead."""
+        self._release.close()
 
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[object]:
         """Answer a batch: every request gets its own status, headers and body."""

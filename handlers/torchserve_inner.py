@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,7 +193,9 @@ def open_archive(path: Path, folder: Path, *, gpu: int | None = None) -> Iterato
 def _offline_context(archive: Archive, folder: Path, gpu: int | None) -> Context:
     model = archive.manifest["model"]
     settings = model.get("configFile") if isinstance(model, dict) else None
-    metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves this file open
+        metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
     metrics.initialize_cache()
     return Context(
         archive.model_name,

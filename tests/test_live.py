@@ -24,7 +24,7 @@ class Watched:
         self.applied: list[str] = []
         self.reports: list[str] = []
         self.reported = threading.Event()
-        self.refuse = False
+        self.refuse: Exception | None = None
         self.write("enforce")
         self.watcher = ConfigWatcher(path, self.apply, self.report)
 
@@ -36,7 +36,7 @@ class Watched:
 
     def apply(self, settings: Settings) -> None:
         if self.refuse:
-            raise CalibrationError("too few images")
+            raise self.refuse
         self.applied.append(settings.defaults.mode)
 
     def report(self, result: str) -> None:
@@ -85,11 +85,17 @@ def test_an_edit_that_yaml_stumbles_over_is_invalid_and_the_next_one_counts(
     assert (watched.applied, watched.reports) == (["flag"], ["invalid", "applied"])
 
 
-def test_an_edit_that_the_guard_refuses_is_invalid(watched: Watched) -> None:
-    watched.refuse = True
+@pytest.mark.parametrize("error", [CalibrationError("too few images"), ZeroDivisionError()])
+def test_an_edit_that_cannot_be_applied_is_invalid_and_the_next_one_counts(
+    watched: Watched, error: Exception
+) -> None:
+    watched.refuse = error
     watched.write("flag")
     watched.watcher.poll()
-    assert watched.reports == ["invalid"]
+    watched.refuse = None
+    watched.write("shadow")
+    watched.watcher.poll()
+    assert (watched.applied, watched.reports) == (["shadow"], ["invalid", "applied"])
 
 
 def test_a_file_that_disappears_is_invalid_and_its_return_is_an_edit(watched: Watched) -> None:

@@ -34,6 +34,11 @@ def test_a_request_is_flagged_or_rejected_from_its_target_rate_on() -> None:
     assert verdicts([90, 90.5, 97.5, 98.5]) == [ACCEPT, FLAG, FLAG, REJECT]
 
 
+def test_a_p_value_at_the_target_rate_itself_is_hit() -> None:
+    exact = 2 / 101
+    assert verdicts([98.5, 97.5], reject={"target_fpr": exact}) == [REJECT, FLAG]
+
+
 @pytest.mark.parametrize(
     ("mode", "verdict"), [("enforce", REJECT), ("flag", FLAG), ("shadow", REJECT)]
 )

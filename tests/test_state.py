@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from defense.errors import ArtifactError
@@ -44,6 +45,13 @@ def test_a_value_is_told_apart_into_json_and_named_tensors_and_comes_back() -> N
 def test_an_optional_part_comes_back_where_there_is_one() -> None:
     described, tensors = split(Tree((), (), 1.0, False, Leaf(torch.ones(1))))
     assert join(Tree, described, tensors).more.weight.tolist() == [1.0]
+
+
+def test_parts_that_share_memory_are_written_apart() -> None:
+    whole = torch.arange(4.0)
+    described, tensors = split((Leaf(whole), Leaf(whole[:2]), Leaf(whole)), "x")
+    again = join(tuple[Leaf, ...], described, load(save(tensors)))
+    assert [leaf.weight.tolist() for leaf in again] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
 
 
 def test_a_whole_number_is_a_float_where_one_was_expected() -> None:

@@ -28,7 +28,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -319,7 +320,7 @@ def step(run: Run, x: Tensor, labels: Tensor, rate: float, settings: TrainingSet
         logits.float(), labels, label_smoothing=settings.label_smoothing
     )
     run.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     run.optimizer.step()
     follow(run.average, run.network, settings.average_decay)
     return loss.detach()
@@ -401,7 +402,7 @@ def save(run: Run, path: Path, identity: dict[str, str]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Write a safetensors file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: save_file(tensors, partial, facts))
+    write_atomically(path, lambda unfinished: unfinished.write_bytes(serialise(tensors, facts)))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -473,7 +474,7 @@ def train_backbone(
         "test": {"images": len(test), "calibration_bins": CALIBRATION_BINS} | asdict(result),
     }
     card = json.dumps(facts | provenance(images, settings, history), indent=2) + "\n"
-    write_atomically(out.with_suffix(".json"), lambda partial: partial.write_text(card))
+    write_atomically(out.with_suffix(".json"), lambda unfinished: unfinished.write_text(card))
     return result
 
 

@@ -73,18 +73,22 @@ def folder(wrapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def worker(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+def worker(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     """Start a handler under the given `defaults` of guard.yaml."""
+    started: list[TorchServeGuard] = []
 
     def start(defaults: str) -> TorchServeGuard:
         config = tmp_path / "guard.yaml"
         config.write_text(f"defaults: {{{defaults}}}\nmetrics: {{port: {free_port()}}}\n")
         monkeypatch.setenv("PATHGUARD_CONFIG", str(config))
         guard = TorchServeGuard()
+        started.append(guard)
         guard.initialize(context_of(folder))
         return guard
 
-    return start
+    yield start
+    for guard in started:
+        guard.close()
 
 
 def context_of(folder: Path, requests: int = 0, **headers: str) -> Context:

@@ -9,5 +9,5 @@ class DigitsClassifier(ImageClassifier):
         [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
     )
 
-    def postprocess(self, data):  # type: ignore[no-untyped-def]
+    def postprocess(self, data):
         return data.argmax(1).tolist()
