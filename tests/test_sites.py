@@ -162,9 +162,22 @@ def test_the_logits_are_no_site_even_where_the_last_layer_is_an_activation() -> 
     assert names(discover_sites(net, torch.zeros(2, 3))) == ["1#0"]
 
 
-def test_one_example_is_enough() -> None:
-    one, two = (discover_sites(seeded_net(), torch.zeros(n, 1, 8, 8)) for n in (1, 2))
-    assert one == two
+class Prompted(nn.Module):
+    """Adds a vector that is the same for every request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(1, 4))
+        self.squash, self.act, self.head = nn.Tanh(), nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.act(x + self.squash(self.prompt)))
+        return logits
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_does_not_depend_on_the_request_is_no_site_also_with_one_example(rows: int) -> None:
+    assert names(discover_sites(Prompted(), torch.zeros(rows, 4))) == ["act#0"]
 
 
 def test_named_modules_are_the_only_sites() -> None:

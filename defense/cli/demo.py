@@ -270,7 +270,8 @@ def _metrics(url: str) -> dict[str, float]:
 
 def _print(out: Console, summary: Summary) -> None:
     columns = ("kind", "sent", "accept", "flag", "reject", "invalid", "5xx")
-    table = Table(*columns, "fooled\nstock", "fooled\nguarded", "caught", box=box.SIMPLE_HEAD)
+    shape: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    table = Table(*columns, "fooled\nstock", "fooled\nguarded", "caught", **shape)
     for row in summary.rows:
         counts = (row.sent, row.accepted, row.flagged, row.rejected, row.invalid, row.errors_5xx)
         rates = (row.stock_success, row.guarded_success, row.detected)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from defense.cli.bench import render
+from defense.cli.bench import compare_answers, render
 from defense.offline.statistics import bootstrap_interval, ratio_row
 
 
@@ -44,6 +46,7 @@ def test_a_missed_budget_is_said_in_the_table() -> None:
     page = render(
         {
             "rows": [{**known, **row}],
+            "answers": {"8": {"compared": 256, "identical": 255}},
             "rounds": 2,
             "seed": 0,
             "command": "pathguard bench --rounds 2",
@@ -55,3 +58,16 @@ def test_a_missed_budget_is_said_in_the_table() -> None:
 
     assert "| HTTP: p99 | 8 | 1.0 ms | 1.2 ms | **1.200**" in page
     assert "| 1.05 | no |" in page
+    assert "255 of 256 at batch 8" in page
+
+
+def test_an_answer_counts_as_identical_if_the_unguarded_archive_gave_it_for_the_same_image() -> (
+    None
+):
+    seen = {
+        "stock": Counter({(0, b"a"): 3, (1, b"b"): 3}),
+        "control": Counter({(1, b"b with other rounding"): 1}),
+        "guarded": Counter({(0, b"a"): 2, (0, b"b"): 1, (1, b"b with other rounding"): 4}),
+    }
+
+    assert compare_answers(seen) == {"compared": 7, "identical": 6}
