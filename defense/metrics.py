@@ -15,6 +15,7 @@ from defense.types import Verdict
 
 STAGES = ("check", "score", "decide")
 FAILURES = ("capture", "rows", "score", "exporter", "handler")
+PASSED = ("explain", "describe")
 MODES = ("off", "shadow", "flag", "enforce")
 P_BUCKETS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.5, 1.0)
 SECONDS_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
@@ -42,6 +43,7 @@ class Instruments:
     seconds: Histogram
     errors: Counter
     invalid: Counter
+    passed: Counter
     target_fpr: Gauge
     info: Gauge
     mode: Gauge
@@ -80,6 +82,9 @@ def make_instruments(registry: CollectorRegistry) -> Instruments:
         invalid=counter(
             "invalid_inputs", "Requests that could not be read, by reason.", ("model", "reason")
         ),
+        passed=counter(
+            "passed", "Requests that pass unscored: they ask for no prediction.", ("model", "kind")
+        ),
         target_fpr=gauge(
             "target_fpr", "Share of clean requests that a tier may hit.", ("model", "tier")
         ),
@@ -116,6 +121,7 @@ class ModelMetrics:
             reason: instruments.invalid.labels(model, reason.value) for reason in InvalidReason
         }
         self._errors = {stage: instruments.errors.labels(model, stage) for stage in FAILURES}
+        self._passed = {kind: instruments.passed.labels(model, kind) for kind in PASSED}
         self._seconds = {stage: instruments.seconds.labels(model, stage) for stage in STAGES}
         self._p_value = instruments.p_value.labels(model)
         self._last_scored = instruments.last_scored.labels(model)
@@ -134,6 +140,10 @@ class ModelMetrics:
     def error(self, stage: str, requests: int = 1) -> None:
         """Count a failure of the guard, once per request that it left unjudged."""
         self._errors[stage].inc(requests)
+
+    def passed(self, kind: str) -> None:
+        """Count a request that asks for no prediction and is not scored."""
+        self._passed[kind].inc()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

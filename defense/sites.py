@@ -70,8 +70,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Call], Tensor | None]
         return hook
 
     handles = [
-        module.register_forward_hook(hook_for(name))
-        for name, module in model.named_modules()
+        module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()
     ]
     try:
         with torch.no_grad():

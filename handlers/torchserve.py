@@ -26,7 +26,7 @@ from defense.errors import PathGuardError
 from defense.exporter import Exporter, open_metrics_directory
 from defense.gate import Gate, Outcome, make_rules
 from defense.live import ConfigWatcher
-from defense.metrics import ModelMetrics, make_instruments
+from defense.metrics import PASSED, ModelMetrics, make_instruments
 from defense.payload import InvalidReason
 from defense.types import Verdict
 from defense.wrap import WrapFacts, read_wrap_facts
@@ -96,7 +96,7 @@ class TorchServeGuard:
         guard = load_guard(folder / FOLDER)
         name, version = context.model_name, _version_of(facts)
         instruments = make_instruments(CollectorRegistry())
-        metrics = ModelMetrics(instruments, model=name, version=version)
+        self._metrics = metrics = ModelMetrics(instruments, model=name, version=version)
         config = os.environ.get(CONFIG_VARIABLE)
         watcher = config and ConfigWatcher(
             Path(config),
@@ -126,10 +126,12 @@ class TorchServeGuard:
         answers: list[object] = [None] * len(data)
         guarded: list[int] = []
         for row in range(len(data)):
-            if _is(context, row, "explain") or _is(context, row, "describe"):
-                answers[row] = self._run(data, context, [row])[0]
-            else:
+            kind = _unscored(context, row)
+            if kind is None:
                 guarded.append(row)
+            else:
+                answers[row] = self._run(data, context, [row])[0]
+                self._metrics.passed(kind)
         if guarded:
             outcomes = self._gate.pass_batch(
                 [_payload(data[row]) for row in guarded],
@@ -191,9 +193,9 @@ def _first_settings(config: str | None, folder: Path) -> Settings:
     return Settings()
 
 
-def _is(context: Context, row: int, kind: str) -> bool:
-    """Say whether TorchServe marked a request as `explain` or `describe`."""
-    return bool(context.get_request_header(row, kind) == "True")
+def _unscored(context: Context, row: int) -> str | None:
+    """Return `explain` or `describe` where TorchServe marked a request as asking for that."""
+    return next((k for k in PASSED if context.get_request_header(row, k) == "True"), None)
 
 
 def _payload(row: dict[str, Any]) -> object:

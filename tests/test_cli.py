@@ -281,9 +281,30 @@ def test_a_mistake_in_the_configuration_is_one_sentence(
     assert "unknown key 'defaults.rejekt'; did you mean 'reject'?" in said
 
 
+def test_a_training_writes_weights_and_their_card(
+    run: Run, digits: DigitFolders, tmp_path: Path
+) -> None:
+    for split, folder in (("train", digits.fit), ("test", digits.test)):
+        for image in sorted(folder.glob("[01]/*.png"))[::4]:
+            target = tmp_path / "data" / split / image.parent.name / image.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(image.read_bytes())
+    words = ("train", "--data", "data", "--out", "runs/net.safetensors")
+
+    code, _, said = run(*words, "--epochs", 1, "--small-epochs", 1)
+    refused = run(*words, "--epochs", 0)
+
+    card = json.loads((tmp_path / "runs" / "net.json").read_text())
+    assert code == 0
+    assert "Accuracy on the test images" in said
+    assert card["architecture"]["classes"] == 2
+    assert card["command"].startswith("pathguard train --data data")
+    assert (refused[0], "epochs must be above 0" in refused[2]) == (1, True)
+
+
 @pytest.mark.parametrize(
     "command",
-    ["demo", "fit", "wrap", "unwrap", "serve", "doctor", "inspect", "evaluate", "bench"],
+    ["demo", "fit", "wrap", "unwrap", "serve", "doctor", "inspect", "evaluate", "train", "bench"],
 )
 def test_every_command_teaches_with_an_example(run: Run, command: str) -> None:
     code, shown, _ = run(command, "--help")

@@ -56,7 +56,10 @@ def test_a_raw_score_is_a_threshold_of_its_own() -> None:
 def test_a_class_with_a_rule_of_its_own_is_judged_by_its_own_p_values() -> None:
     """Dogs score 0 to 49 and cats 50 to 99: 60 is usual among all, and never seen of a dog."""
     calibration = Calibration(torch.arange(100.0), (torch.arange(100) < 50).long())
-    own = {"target_fpr": 0.02, "per_class": {"dog": {"target_fpr": 0.05}, "cat": {"target_fpr": 0.05}}}
+    own = {
+        "target_fpr": 0.02,
+        "per_class": {"dog": {"target_fpr": 0.05}, "cat": {"target_fpr": 0.05}},
+    }
     settings = ModelSettings.model_validate({"flag": {"target_fpr": 0.02}, "reject": own})
     policy = make_policy(settings, calibration, CLASSES)
     scored = calibration.rank(torch.tensor([60.0, 60.0]), torch.tensor([0, 1]))

@@ -333,6 +333,44 @@ def evaluate(
 
 
 @app.command()
+def train(
+    data: Annotated[
+        Path, typer.Option(help="Folder or zip that holds train/CLASS/* and test/CLASS/*.")
+    ],
+    out: Annotated[Path, typer.Option(help="Weights to write; their card lies beside them.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Written after every epoch; a run resumes from it.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 20,
+    small_epochs: Annotated[
+        int, typer.Option(help="How many of them, the first ones, see the images at 24x24.")
+    ] = 14,
+    seed: Seed = 0,
+) -> None:
+    """Train a small residual network on small images, as a backbone to guard.
+
+    bfloat16 on a CPU, or a GPU where there is one. Interrupt it as you like: the same command goes
+    on where it stopped, and ends with the same weights.
+
+    Example: `pathguard train --data data/cifar10.zip --out runs/cifar10.safetensors`
+    """
+    from defense.offline.networks import Architecture
+    from defense.offline.training import TrainingSettings, train_backbone
+
+    settings = TrainingSettings(epochs=epochs, small_epochs=small_epochs, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = train_backbone(
+        data.absolute(),
+        out,
+        architecture=Architecture(classes=_count_classes(data)),
+        settings=settings,
+        checkpoint=checkpoint or out.with_suffix(".checkpoint"),
+        command="pathguard " + shlex.join(sys.argv[1:]),
+    )
+    console.print(f"Accuracy on the test images: {result.accuracy:.2%}. Weights: {out}")
+
+
+@app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
     folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),
@@ -363,6 +401,12 @@ def _fit_attack(served: Any, names: str, eps: float, seed: int) -> Any:
 
     chosen = [make_attack(name, eps=eps) for name in _words(names)]
     return lambda payloads, labels: attack_payloads(served, payloads, labels, chosen, seed=seed)
+
+
+def _count_classes(data: Path) -> int:
+    from defense.offline.data import read_images
+
+    return len(read_images(data / "train").class_names)
 
 
 def _words(text: str) -> tuple[str, ...]:
