@@ -18,6 +18,7 @@ from defense.errors import ArtifactError, GuardFailure
 from defense.fingerprint import fingerprint
 from defense.policy import Policy, make_policy
 from defense.routers import Router
+from defense.sites import check_settled
 from defense.state import to_device
 from defense.types import Routed, Scored, Verdict
 
@@ -99,6 +100,7 @@ class AttachedGuard:
 
     def __init__(self, guard: Guard, model: nn.Module, settings: ModelSettings) -> None:
         check_backbone(guard, model)
+        check_settled(model)
         self.policy: Policy = make_policy(settings, guard.calibration, guard.class_names)
         self.device = next(iter(model.state_dict().values())).device
         self.guard = dataclasses.replace(

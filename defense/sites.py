@@ -29,6 +29,8 @@ MAPS = (
     nn.GroupNorm,
 )
 TOKENS = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+UNSETTLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
+"""What answers by its batch or by chance while it is in training mode."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,16 @@ def channel_axis(call: Call) -> int:
     return 1 if width == shape[1] else -1
 
 
+def check_settled(model: nn.Module) -> None:
+    """Raise SiteError where answers depend on batch neighbours or chance, and runs change weights."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, UNSETTLED) and getattr(module, "p", 1) > 0:
+            raise SiteError(
+                f"the layer '{name}' ({type(module).__name__}) is in training mode, so no request's "
+                "answer is its own; call eval() on the model before it is fitted or served"
+            )
+
+
 def discover_sites(
     model: nn.Module, example: Tensor, *, names: Sequence[str] | None = None
 ) -> tuple[Site, ...]:
@@ -112,8 +124,9 @@ def discover_sites(
     block). The logits are no site.
 
     example: (N, ...) a batch as the model takes it. names: restrict to these modules.
-    Raises SiteError where nothing can be observed or a name does not exist.
+    Raises SiteError where nothing can be observed, a name does not exist or the model is in training.
     """
+    check_settled(model)
     batch = example if example.shape[0] > 1 else torch.cat([example, example])
     calls, logits = trace(model, batch)
     usable = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from defense.config import ModelSettings
 from defense.detectors import Detector
-from defense.errors import ArtifactError, CalibrationError, GuardFailure
+from defense.errors import ArtifactError, CalibrationError, GuardFailure, SiteError
 from defense.fingerprint import fingerprint
 from defense.guard import Guard, InputSpec
 from defense.offline.fit import FitOptions, fit_module
@@ -93,6 +93,17 @@ def test_a_guard_for_other_weights_is_refused_and_both_fingerprints_are_named(
         match=f"backbone {guard.fingerprint[:16]} and this one is {other[:16]}; fit a",
     ):
         guard.attach(net)
+    assert hook_count(net) == 0
+
+
+def test_a_backbone_in_training_mode_is_refused_and_left_as_it_is() -> None:
+    layers = (nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+    net = nn.Sequential(*layers).eval()
+    guard = fit_module(net, [torch.rand(2000, 4, generator=torch.Generator().manual_seed(0))])
+    net.train()
+    with pytest.raises(SiteError, match=r"the layer '1' \(BatchNorm1d\) is in training mode"):
+        guard.attach(net)
+    assert fingerprint(net) == guard.fingerprint
     assert hook_count(net) == 0
 
 

@@ -116,5 +116,15 @@ def test_two_models_in_one_process_are_counted_apart() -> None:
 
 def test_no_series_is_named_by_a_request(counts: Counts) -> None:
     names = {label for f in counts.registry.collect() for s in f.samples for label in s.labels}
-    allowed = {"model", "version", "verdict", "stage", "reason", "tier", "router", "detector", "kind"}
+    allowed = {
+        "model",
+        "version",
+        "verdict",
+        "stage",
+        "reason",
+        "tier",
+        "router",
+        "detector",
+        "kind",
+    }
     assert names <= allowed | {"fingerprint", "result", "mode", "le"}

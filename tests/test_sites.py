@@ -12,6 +12,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
 
 from defense.errors import SiteError
+from defense.fingerprint import fingerprint
 from defense.sites import discover_sites, first_tensor, trace
 from defense.types import Site
 from tests.served import SmallNet, hook_count, seeded_net
@@ -199,6 +200,25 @@ def test_a_name_that_does_not_exist_is_an_error_with_the_nearest_one() -> None:
 def test_a_network_with_nothing_before_its_logits_is_an_error(model: nn.Module) -> None:
     with pytest.raises(SiteError, match=r"nothing to observe in (Linear|Sequential): it has no"):
         discover_sites(model, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"), [(nn.BatchNorm1d(3), "BatchNorm1d"), (nn.Dropout(0.1), "Dropout")]
+)
+def test_a_model_in_training_mode_is_an_error_and_is_not_run(layer: nn.Module, kind: str) -> None:
+    net = nn.Sequential(layer, nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    before = fingerprint(net)
+    with pytest.raises(
+        SiteError, match=rf"the layer '0' \({kind}\) is in training mode, .* call eval"
+    ):
+        discover_sites(net, torch.ones(4, 3))
+    assert fingerprint(net) == before
+    assert names(discover_sites(net.eval(), torch.ones(4, 3))) == ["2#0"]
+
+
+def test_training_mode_is_no_matter_where_it_changes_nothing() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.0), nn.Linear(3, 2)).train()
+    assert names(discover_sites(net, torch.ones(4, 3))) == ["1#0"]
 
 
 def test_finding_sites_leaves_no_hook_behind() -> None:

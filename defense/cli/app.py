@@ -345,6 +345,7 @@ def train(
     small_epochs: Annotated[
         int, typer.Option(help="How many of them, the first ones, see the images at 24x24.")
     ] = 14,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 500,
     seed: Seed = 0,
 ) -> None:
     """Train a small residual network on small images, as a backbone to guard.
@@ -357,7 +358,9 @@ def train(
     from defense.offline.networks import Architecture
     from defense.offline.training import TrainingSettings, train_backbone
 
-    settings = TrainingSettings(epochs=epochs, small_epochs=small_epochs, seed=seed)
+    settings = TrainingSettings(
+        epochs=epochs, small_epochs=small_epochs, batch_size=batch_size, seed=seed
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     result = train_backbone(
         data.absolute(),

@@ -54,6 +54,12 @@ def test_half_precision_sums_do_not_overflow() -> None:
     assert float(found[:, 3:].amax()) < 1
 
 
+def test_a_mean_of_half_precision_is_finer_than_half_precision() -> None:
+    above_one = 1 + 2.0**-10
+    maps = torch.tensor([1.0, above_one], dtype=torch.float16).repeat(1, 3, 8, 4)
+    assert router("mean").reduce(maps, MAPS).tolist() == [[1 + 2.0**-11] * 3]
+
+
 def test_a_deviation_far_from_zero_is_not_lost_to_cancellation() -> None:
     maps = 10_000 + torch.tensor([-1.0, 1.0]).repeat(1, 3, 8, 1)
     assert torch.equal(router("deviation").reduce(maps, MAPS), torch.ones(1, 3))
