@@ -176,10 +176,19 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(models, dict) or not isinstance(defaults, dict | None):
         return raw
     merged = {
-        name: {**(defaults or {}), **own} if isinstance(own, dict) else own
+        name: _laid_over(defaults or {}, own) if isinstance(own, dict) else own
         for name, own in models.items()
     }
     return {**raw, "models": merged}
+
+
+def _laid_over(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Lay keys over others; blocks key by key, but rules whole: one may be a rate, one a score."""
+    merged = {**defaults, **own}
+    for block in ("limits", "second_look"):
+        if isinstance(defaults.get(block), dict) and isinstance(own.get(block), dict):
+            merged[block] = {**defaults[block], **own[block]}
+    return merged
 
 
 def _sentence(error: ValidationError) -> str:

@@ -177,3 +177,14 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> 
         ConfigError, match=r"cannot read .*g\.yaml: No such file or directory; give a"
     ):
         read_settings(tmp_path / "g.yaml")
+
+
+def test_a_models_own_limits_are_laid_over_those_of_the_defaults_key_by_key() -> None:
+    text = """
+        defaults: {limits: {max_pixels: 1000}, reject: {score: 2.0}}
+        models: {small: {limits: {max_bytes: 50}, reject: {target_fpr: 0.01}}}
+    """
+    small = parse_settings(text, where="guard.yaml").for_model("small")
+
+    assert (small.limits.max_bytes, small.limits.max_pixels) == (50, 1000)
+    assert (small.reject.target_fpr, small.reject.score) == (0.01, None)

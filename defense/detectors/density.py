@@ -48,6 +48,8 @@ class DensityView:
 
     def features(self, routed: Routed) -> Tensor:
         """Return (N, 2 S) log-distances to the predicted class: in the directions, and off them."""
+        if len(routed) <= ROWS:
+            return self._stacked.distances(routed.path, routed.predicted)
         rows = zip(routed.path.split(ROWS), routed.predicted.split(ROWS), strict=True)
         return torch.cat([self._stacked.distances(path, label) for path, label in rows])
 

@@ -21,31 +21,38 @@ class SiteStacks:
     """Standardise paths and map every site's columns by a matrix of its own.
 
     columns: (D,) path columns, group after group. weights: one (s, d, k) per group. order: (S,)
-    where every site of the layout lies among the groups.
+    where every site of the layout lies among the groups. Both are None where nothing moves.
     """
 
-    columns: Tensor
+    columns: Tensor | None
     standardise: Standardiser
     weights: tuple[Tensor, ...]
-    order: Tensor
+    order: Tensor | None
 
     def rows(self, path: Tensor) -> list[Tensor]:
         """Return the standardised paths (N, D) by group, each (s, N, d)."""
+        if self.columns is not None:
+            path = path.index_select(1, self.columns)
         widths = [weight.shape[0] * weight.shape[1] for weight in self.weights]
-        parts = self.standardise(path.index_select(1, self.columns)).split(widths, dim=1)
+        parts = self.standardise(path).split(widths, dim=1)
         return [
-            part.unflatten(1, weight.shape[:2]).transpose(0, 1)
+            part.view(len(part), *weight.shape[:2]).transpose(0, 1)
             for part, weight in zip(parts, self.weights, strict=True)
         ]
 
     def maps(self, rows: Sequence[Tensor]) -> Tensor:
         """Return the maps of `rows`, (S, N, k) in the order of the layout."""
-        mapped = [row @ weight for row, weight in zip(rows, self.weights, strict=True)]
-        return torch.cat(mapped).index_select(0, self.order)
+        return self._ordered(
+            [torch.bmm(row, weight) for row, weight in zip(rows, self.weights, strict=True)]
+        )
 
     def energies(self, rows: Sequence[Tensor]) -> Tensor:
         """Return the squared norms of `rows`, (S, N) in the order of the layout."""
-        return torch.cat([row.square().sum(2) for row in rows]).index_select(0, self.order)
+        return self._ordered([(row * row).sum(2) for row in rows])
+
+    def _ordered(self, groups: list[Tensor]) -> Tensor:
+        together = torch.cat(groups)
+        return together if self.order is None else together.index_select(0, self.order)
 
 
 def stack_sites(
@@ -59,14 +66,15 @@ def stack_sites(
     padded = pad(weights)
     device = padded[0].device
     columns = [torch.arange(c.start, c.stop, device=device) for c in layout.columns]
+    moved = sites != sorted(sites)
     return SiteStacks(
-        torch.cat([columns[index] for index in sites]),
+        torch.cat([columns[index] for index in sites]) if moved else None,
         Standardiser(
             torch.cat([standardisers[index].center for index in sites]),
             torch.cat([standardisers[index].scale for index in sites]),
         ),
         tuple(torch.stack([padded[index] for index in group]) for group in groups.values()),
-        torch.tensor(sites, device=device).argsort(),
+        torch.tensor(sites, device=device).argsort() if moved else None,
     )
 
 

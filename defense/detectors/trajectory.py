@@ -44,8 +44,9 @@ class TrajectoryView:
     def evidence(self, routed: Routed) -> Tensor:
         """Return (N, S, K): what every site reads as class log-probabilities."""
         stacks, bias = self._stacked
-        parts = [stacks.maps(stacks.rows(path)) for path in routed.path.split(ROWS)]
-        return (torch.cat(parts, dim=1).transpose(0, 1) + bias).log_softmax(dim=2)
+        paths = [routed.path] if len(routed) <= ROWS else routed.path.split(ROWS)
+        maps = torch.cat([stacks.maps(stacks.rows(path)) for path in paths], dim=1)
+        return (maps.transpose(0, 1) + bias).log_softmax(dim=2)
 
     @cached_property
     def _stacked(self) -> tuple[SiteStacks, Tensor]:

@@ -108,5 +108,6 @@ def _names(root: Path, inside: str) -> list[str]:
         name
         for name in found
         if PurePosixPath(name).suffix.lower() in SUFFIXES
+        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
         and (inside == "." or PurePosixPath(name).is_relative_to(inside))
     ]

@@ -33,15 +33,21 @@ class ActivationRouter:
 
     def reduce(self, output: Tensor, site: Site) -> Tensor:
         """(N, C, ...) or (N, ..., C) -> (N, C x statistics), float32, without a host sync."""
-        channel = site.axis
+        # This runs at every site on caches that the layer left cold: every call less counts.
         if output.dim() == 2:
-            output, channel = output.unsqueeze(2), 1
-        positions = [axis for axis in range(1, output.dim()) if axis != channel % output.dim()]
-        pooled = [_pool(output, positions, name) for name in self.layout.statistics]
-        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+            output = output.unsqueeze(2)
+            positions: tuple[int, ...] = (2,)
+        elif site.axis == 1:
+            positions = tuple(range(2, output.dim()))
+        else:
+            positions = tuple(range(1, output.dim() - 1))
+        names = self.layout.statistics
+        if len(names) == 1:
+            return _pool(output, positions, names[0])
+        return torch.cat([_pool(output, positions, name) for name in names], dim=1)
 
 
-def _pool(output: Tensor, positions: list[int], statistic: str) -> Tensor:
+def _pool(output: Tensor, positions: tuple[int, ...], statistic: str) -> Tensor:
     """Reduce the axes `positions` of an output: (N, C) in a tensor of its own."""
     if statistic == "mean":
         return output.mean(positions, dtype=torch.float32)

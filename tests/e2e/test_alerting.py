@@ -102,7 +102,9 @@ def test_clean_traffic_does_not_alert_and_an_attack_burst_does(
     while time.monotonic() < deadline:
         post(running.server, "counting", clean[offset : offset + 16])
         offset = (offset + 16) % 256
-    assert not prometheus.alerts("firing") | prometheus.alerts("pending")
+    # Other tests break the configuration of the shared server on purpose, which this one may still see.
+    found = prometheus.alerts("firing") | prometheus.alerts("pending")
+    assert not found - {"PathGuardConfigInvalid"}
 
     deadline = time.monotonic() + FIRING_SECONDS
     while ALERT not in prometheus.alerts("firing"):

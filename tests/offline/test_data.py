@@ -112,3 +112,11 @@ def test_shuffling_is_reproducible_keeps_labels_with_images_and_can_be_limited()
 def test_unlabelled_images_stay_unlabelled_when_some_are_taken() -> None:
     images = ImageSet(Path(), ("a", "b", "c"), None, ())
     assert images.take([2, 0]) == ImageSet(Path(), ("c", "a"), None, ())
+
+
+def test_what_an_operating_system_leaves_in_a_zip_is_no_image(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("a/1.png", "b/2.png", "__MACOSX/a/._1.png", "a/.hidden.png"):
+            archive.writestr(name, b"")
+
+    assert read_images(tmp_path / "data.zip").names == ("a/1.png", "b/2.png")
