@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -99,11 +100,17 @@ def print_report(out: Console, report: dict[str, Any]) -> None:
     if not report["attacks"]:
         return
     baselines = report["baselines"]
-    table = Table(
-        "attack", "n", "success", "AUROC", "TPR at 5 %", "TPR at 1 %", "success when guarded"
+    columns = (
+        "attack",
+        "n",
+        "fools",
+        "AUROC",
+        "TPR at\n5 % FPR",
+        "TPR at\n1 % FPR",
+        "fools\nguarded",
     )
-    for name in baselines:
-        table.add_column(f"AUROC {name.replace('_', ' ')}")
+    names = [f"AUROC\n{name.replace('_', ' ')}" for name in baselines]
+    table = Table(*columns, *names, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name, row in report["attacks"].items():
         table.add_row(
             name,
