@@ -1,4 +1,4 @@
-"""The demo's backbone: a small residual network for small images (He et al., https://arxiv.org/abs/1512.03385).
+"""A small residual network for small images (He et al., https://arxiv.org/abs/1512.03385).
 
 Two departures make it cheap on a CPU: a stage halves the image with max pooling inside its first
 block instead of a strided convolution, and only the stem works at full resolution.
