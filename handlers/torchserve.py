@@ -24,7 +24,7 @@ from defense.artifact import load_guard
 from defense.config import Settings, parse_settings, read_settings
 from defense.errors import PathGuardError
 from defense.exporter import Exporter, open_metrics_directory
-from defense.gate import Gate, Outcome, make_rules
+from defense.gate import Gate, Outcome
 from defense.live import ConfigWatcher
 from defense.metrics import PASSED, ModelMetrics, make_instruments
 from defense.payload import InvalidReason
@@ -105,7 +105,6 @@ class TorchServeGuard:
         )
         settings = _first_settings(config, folder)
         own = settings.for_model(name)
-        make_rules(own, guard)
         self._gate = Gate(guard.attach(self._inner.backbone, own), own, metrics)
         metrics.describe(
             router=guard.router.name, detector=guard.detector.name, fingerprint=guard.fingerprint

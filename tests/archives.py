@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+
+from defense.offline.archiver import make_archive
 
 
 def build_archive(
@@ -30,29 +29,23 @@ def build_archive(
     without the file's suffix, as in `folder/my_handler:entry`.
     The weights are `state_dict`, saved as `model.pt`, or any ready `serialized_file`.
     """
+    target = folder / f"{name}.mar"
     with TemporaryDirectory() as private:
-        # torch-model-archiver deletes <temporary folder>/<model name> before it builds.
-        sources, scratch = Path(private, "sources"), Path(private, "scratch")
-        sources.mkdir()
-        scratch.mkdir()
-        arguments = {"--model-name": name, "--version": version, "--handler": str(handler)}
+        sources = Path(private)
+        model_file = None
         if model_file_source is not None:
-            arguments["--model-file"] = str(sources / "model.py")
-            (sources / "model.py").write_text(model_file_source)
+            model_file = sources / "model.py"
+            model_file.write_text(model_file_source)
         if state_dict is not None:
             serialized_file = sources / "model.pt"
             torch.save(dict(state_dict), serialized_file)
-        if serialized_file is not None:
-            arguments["--serialized-file"] = str(serialized_file)
-        if config_file is not None:
-            arguments["--config-file"] = str(config_file)
-        if extra_files:
-            arguments["--extra-files"] = ",".join(map(str, extra_files))
-        main = "from model_archiver.model_packaging import generate_model_archive as g; g()"
-        options = [word for pair in arguments.items() for word in pair]
-        subprocess.run(
-            [sys.executable, "-c", main, *options, "--export-path", str(folder), "--force"],
-            env={**os.environ, "TMPDIR": str(scratch)},
-            check=True,
+        make_archive(
+            target,
+            handler=str(handler),
+            model_file=model_file,
+            serialized_file=serialized_file,
+            extra_files=extra_files,
+            config_file=config_file,
+            version=version,
         )
-    return folder / f"{name}.mar"
+    return target

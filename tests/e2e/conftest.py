@@ -17,7 +17,6 @@ from defense.offline.attacks import make_attack
 from defense.offline.collect import backbone_inputs
 from defense.offline.data import ImageSet, read_images
 from defense.offline.demo.digits import DigitFolders, train_digits, write_digits
-from defense.offline.demo.digits_model import DigitsNet
 from defense.offline.fit import FitOptions, fit_archive
 from defense.offline.pixels import find_pixel_space
 from defense.offline.progress import Silent
@@ -215,9 +214,3 @@ def running(
     settings = on_free_ports(ServerSettings(models=models, guard_config=config))
     with TorchServe(settings) as server:
         yield Running(server, config, port)
-
-
-@pytest.fixture
-def digits_net() -> nn.Module:
-    """The demo's network, untrained."""
-    return DigitsNet().eval()
