@@ -22,7 +22,7 @@ from defense.calibration import Calibration
 from defense.detectors import detector_named
 from defense.errors import ArtifactError, PathGuardError
 from defense.guard import Guard, InputSpec
-from defense.routers import router_named
+from defense.routers import check_serves, router_named
 from defense.state import Tensors, join, split
 
 SCHEMA = 1
@@ -79,10 +79,11 @@ def load_guard(folder: Path) -> Guard:
     try:
         tensors = load_tensors(payload)
         router_row, detector_row = document["router"], document["detector"]
+        check_serves(router_row["name"])
         inputs = document["inputs"]
         return Guard(
             fingerprint=str(document["fingerprint"]),
-            router=join(router_named(router_row["name"]), router_row["fitted"], tensors),
+            router=join(router_named(router_row["name"]).fitted, router_row["fitted"], tensors),
             detector=join(
                 detector_named(detector_row["name"]).fitted, detector_row["fitted"], tensors
             ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.errors import GuardFailure, SiteError, nearest
-from defense.routers import Router
+from defense.routers import ForwardRouter
 from defense.sites import first_tensor
 from defense.types import Routed
 
@@ -51,7 +51,7 @@ class Recording:
 class GatedBackbone:
     """A module with hooks at the router's sites. Remove them with `close()` or a `with` block."""
 
-    def __init__(self, model: nn.Module, router: Router) -> None:
+    def __init__(self, model: nn.Module, router: ForwardRouter) -> None:
         self.model = model
         self.router = router
         self._recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
@@ -133,7 +133,11 @@ class GatedBackbone:
         if len(run.statistics) != len(sites):
             missed = next(s.name for i, s in enumerate(sites) if i not in run.statistics)
             raise GuardFailure("capture", f"site '{missed}' was not reached in the forward pass")
-        path = torch.cat([run.statistics[i] for i in range(len(sites))], dim=1)
+        try:
+            reduced = torch.cat([run.statistics[i] for i in range(len(sites))], dim=1)
+            path = self.router.finish(reduced, run.logits)
+        except Exception as error:
+            raise GuardFailure("capture", f"the path could not be finished: {error}") from error
         if path.shape[1] != self.router.layout.length:
             raise GuardFailure(
                 "capture",

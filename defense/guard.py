@@ -17,8 +17,8 @@ from defense.detectors import Detector
 from defense.errors import ArtifactError, GuardFailure
 from defense.fingerprint import fingerprint
 from defense.policy import Policy, make_policy
-from defense.routers import Router
-from defense.sites import check_settled
+from defense.routers import ForwardRouter
+from defense.sites import check_settled, device_of
 from defense.state import to_device
 from defense.types import Routed, Scored, Verdict
 
@@ -54,7 +54,7 @@ class Guard:
     """The fitted artefact: bound to one backbone by its fingerprint."""
 
     fingerprint: str
-    router: Router
+    router: ForwardRouter
     detector: Detector
     calibration: Calibration
     class_names: tuple[str, ...]
@@ -102,7 +102,7 @@ class AttachedGuard:
         check_backbone(guard, model)
         check_settled(model)
         self.policy: Policy = make_policy(settings, guard.calibration, guard.class_names)
-        self.device = next(iter(model.state_dict().values())).device
+        self.device = device_of(model)
         self.guard = dataclasses.replace(
             guard,
             router=to_device(guard.router, self.device),

@@ -52,6 +52,12 @@ def first_tensor(output: object) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the weights of `model` are; the CPU where it has none."""
+    weights = iter(model.state_dict().values())
+    return next((weight.device for weight in weights), torch.device("cpu"))
+
+
 def trace(model: nn.Module, example: Tensor) -> tuple[list[Call], Tensor | None]:
     """Run `model` once on `example` and return its module calls in order, and its output."""
     calls: list[Call] = []

@@ -21,7 +21,8 @@ SERVERS = ("ts", "handlers")
 
 LAYERS = (
     ("errors", "types", "fingerprint"),
-    ("sites", "routers", "detectors", "config", "state", "archive"),
+    ("sites", "config", "state", "archive"),
+    ("routers", "detectors"),
     ("backbone", "calibration", "payload", "live", "obstacles"),
     ("policy", "metrics", "exporter", "wrap"),
     ("guard",),

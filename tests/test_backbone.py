@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defense.backbone import GatedBackbone, ReachedBackbone, Recording, Run
 from defense.errors import GuardFailure, SiteError
-from defense.routers import Router
+from defense.routers import ForwardRouter
 from defense.routers.activation import ActivationRouter
 from defense.sites import discover_sites
 from defense.types import PathLayout, Site
@@ -37,6 +37,9 @@ class BrokenRouter:
         if self.raises:
             raise RuntimeError("out of memory")
         return output.flatten(1)[:, :1]
+
+    def finish(self, path: Tensor, logits: Tensor) -> Tensor:
+        return path
 
 
 def test_the_path_is_the_mean_of_every_channel_site_after_site() -> None:
@@ -156,7 +159,7 @@ def test_a_layout_for_another_network_is_refused_and_leaves_no_hook() -> None:
 def test_a_router_that_raises_does_not_break_the_answer_and_is_a_capture_failure() -> None:
     net, x = seeded_net(), images_like_noise(2, 1)
     layout = activation_router(net, x).layout
-    router: Router = BrokenRouter(layout, raises=True)
+    router: ForwardRouter = BrokenRouter(layout, raises=True)
     expected = net(x)
     with GatedBackbone(net, router) as gated:
         with gated.record() as recording:
@@ -165,6 +168,19 @@ def test_a_router_that_raises_does_not_break_the_answer_and_is_a_capture_failure
         with pytest.raises(GuardFailure, match="a site could not be read: out of memory") as caught:
             gated.routed(recording)
     assert caught.value.stage == "capture"
+
+
+def test_a_path_that_cannot_be_finished_is_a_capture_failure() -> None:
+    class Unfinished(ActivationRouter):
+        def finish(self, path: Tensor, logits: Tensor) -> Tensor:
+            raise ValueError("no gates for this class")
+
+    net, x = seeded_net(), images_like_noise(2, 1)
+    with (
+        GatedBackbone(net, Unfinished(activation_router(net, x).layout)) as gated,
+        pytest.raises(GuardFailure, match="the path could not be finished: no gates for this"),
+    ):
+        gated.run(x)
 
 
 def test_a_path_of_another_length_is_a_capture_failure() -> None:

@@ -78,8 +78,9 @@ def fit(
     router: Annotated[str, typer.Option(help="How paths are taken.")] = "activation",
     detector: Annotated[str, typer.Option(help="density, trajectory or supervised.")] = "density",
     statistics: Annotated[
-        str, typer.Option(help="Channel statistics of the path: mean, max, deviation.")
-    ] = "mean",
+        str | None,
+        typer.Option(help="Channel statistics of 'activation': mean (default), max, deviation."),
+    ] = None,
     sites: Annotated[
         str | None, typer.Option(help="Observe only these modules, separated by commas.")
     ] = None,
@@ -105,7 +106,7 @@ def fit(
     options = FitOptions(
         router=router,
         detector=detector,
-        statistics=_words(statistics),
+        statistics=_words(statistics) if statistics else None,
         sites=_words(sites) if sites else None,
         seed=seed,
     )
@@ -341,10 +342,10 @@ def train(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Written after every epoch; a run resumes from it.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 40,
     small_epochs: Annotated[
         int, typer.Option(help="How many of them, the first ones, see the images at 24x24.")
-    ] = 14,
+    ] = 18,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 500,
     seed: Seed = 0,
 ) -> None:

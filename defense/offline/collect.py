@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from PIL import Image
@@ -14,7 +14,8 @@ from defense.backbone import GatedBackbone
 from defense.errors import ArchiveError, DataError, GuardFailure
 from defense.guard import InputSpec
 from defense.offline.progress import Progress
-from defense.sites import discover_sites, first_tensor
+from defense.routers import OfflineRouter, Router, serves
+from defense.sites import device_of, discover_sites, first_tensor
 from defense.types import Routed
 
 BATCH = 32
@@ -55,9 +56,19 @@ def collect(
 
 def collect_inputs(model: nn.Module, gated: GatedBackbone, inputs: Tensor) -> Routed:
     """Return the runs of backbone inputs (N, ...), on the CPU."""
-    device = next(iter(model.state_dict().values())).device
+    device = device_of(model)
     with torch.inference_mode():
         return Routed.concat([_own(gated.run(part.to(device))) for part in inputs.split(BATCH)])
+
+
+def route(model: nn.Module, router: Router, inputs: Tensor) -> Routed:
+    """Return the runs of backbone inputs (N, ...) under any router, on the CPU."""
+    if serves(router):
+        with GatedBackbone(model, router) as gated:
+            return collect_inputs(model, gated, inputs)
+    device = device_of(model)
+    offline = cast(OfflineRouter, router)
+    return Routed.concat([_own(offline.route(model, x.to(device))) for x in inputs.split(BATCH)])
 
 
 def backbone_inputs(served: Served, payloads: Sequence[bytes]) -> Tensor:

@@ -20,9 +20,10 @@ from defense.guard import Guard, InputSpec
 from defense.offline.collect import Served, backbone_inputs, collect, collect_inputs, input_spec
 from defense.offline.data import ImageSet
 from defense.offline.progress import Progress, Silent
-from defense.routers import Router, router_named
-from defense.sites import discover_sites
-from defense.types import FitData, PathLayout, Routed
+from defense.routers import ForwardRouter, Router, RouterRecipe, check_serves, router_named, serves
+from defense.routers.activation import ActivationRecipe
+from defense.sites import device_of
+from defense.types import FitData, Routed
 
 MIN_IMAGES = 100
 EXAMPLES = 8
@@ -30,24 +31,28 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What to fit. `sites` restricts the observed modules; None observes by rule."""
+    """What to fit. `sites` restricts the observed modules; None observes by rule.
+
+    statistics: those of the `activation` router; None takes its own.
+    """
 
     router: str = "activation"
     detector: str = "density"
-    statistics: tuple[str, ...] = ("mean",)
+    statistics: tuple[str, ...] | None = None
     sites: tuple[str, ...] | None = None
     calibration_share: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
         detector_named(self.detector)
-        if not router_named(self.router).one_forward:
-            raise ConfigError(
-                f"the router '{self.router}' needs more than one forward pass and cannot serve; "
-                "choose another"
-            )
+        check_serves(self.router)
         if not 0.1 <= self.calibration_share <= 0.9:
             raise ConfigError("calibration_share must lie between 0.1 and 0.9")
+        self.recipe()
+
+    def recipe(self) -> RouterRecipe:
+        """Return the recipe of the router."""
+        return make_recipe(self.router, self.statistics)
 
 
 def fit_module(
@@ -66,8 +71,11 @@ def fit_module(
     options = options or FitOptions()
     inputs, labels = _stack(batches)
     spec = InputSpec(tuple(inputs.shape[1:]), str(inputs.dtype).removeprefix("torch."))
-    router = make_router(model, inputs[:EXAMPLES], options)
+    recipe = options.recipe()
     fit_rows, calibration_rows = split_rows(len(inputs), options)
+    router_rows, fit_rows = share_rows(fit_rows, recipe)
+    seen = inputs[router_rows] if recipe.examples else inputs[:EXAMPLES]
+    router = serving(fit_router(model, recipe, seen, sites=options.sites, seed=options.seed))
     with GatedBackbone(model, router) as gated:
         clean = collect_inputs(model, gated, inputs[fit_rows])
         calibration = collect_inputs(model, gated, inputs[calibration_rows])
@@ -105,8 +113,20 @@ def fit_archive(
     images = images.shuffled(options.seed)
     examples = images.payloads(range(EXAMPLES))
     spec = input_spec(served, examples)
-    router = make_router(served.backbone, backbone_inputs(served, examples[:2]), options)
+    recipe = options.recipe()
     fit_rows, calibration_rows = split_rows(len(images), options)
+    router_rows, fit_rows = share_rows(fit_rows, recipe)
+    seen = images.payloads(router_rows.tolist()) if recipe.examples else examples
+    router = serving(
+        fit_router(
+            served.backbone,
+            recipe,
+            backbone_inputs(served, seen),
+            sites=options.sites,
+            seed=options.seed,
+            progress=told(progress, len(router_rows)),
+        )
+    )
     with GatedBackbone(served.backbone, router) as gated:
         clean = collect(served, gated, _stream(images, fit_rows), progress)
         calibration = collect(served, gated, _stream(images, calibration_rows), progress)
@@ -122,11 +142,59 @@ def fit_archive(
     )
 
 
-def make_router(model: nn.Module, example: Tensor, options: FitOptions) -> Router:
-    """Find the sites of `model` and return the router that observes them."""
-    device = next(iter(model.state_dict().values())).device
-    sites = discover_sites(model, example.to(device), names=options.sites)
-    return router_named(options.router)(PathLayout(sites, options.statistics))  # type: ignore[call-arg]
+def make_recipe(name: str, statistics: tuple[str, ...] | None = None) -> RouterRecipe:
+    """Return the recipe of the router called `name`, with `statistics` where it has a choice."""
+    recipe = router_named(name).recipe
+    if statistics is None:
+        return recipe()
+    if not issubclass(recipe, ActivationRecipe):
+        raise ConfigError(
+            f"the router '{name}' has no choice of statistics; leave --statistics out"
+        )
+    return recipe(statistics)
+
+
+def fit_router(
+    model: nn.Module,
+    recipe: RouterRecipe,
+    inputs: Tensor,
+    *,
+    sites: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Router:
+    """Find the sites of `model` and fit the router that reads them to clean inputs (N, ...)."""
+    device = device_of(model)
+    found = recipe.sites(model, inputs[:2].to(device), sites)
+    return recipe.fit(model, found, inputs, seed=seed, progress=progress)
+
+
+def serving(router: Router) -> ForwardRouter:
+    """Return `router`, which `FitOptions` has checked, as one that serves."""
+    assert serves(router)
+    return router
+
+
+def told(progress: Progress, steps: int) -> Callable[[float], None]:
+    """Return a function that advances `progress` by `steps` in all, told the share that is done."""
+    done = 0
+
+    def tell(share: float) -> None:
+        nonlocal done
+        reached = round(share * steps)
+        progress.advance(reached - done)
+        done = reached
+
+    return tell
+
+
+def share_rows(rows: Tensor, recipe: RouterRecipe) -> tuple[Tensor, Tensor]:
+    """Part rows into those that the router is fitted to and those left for the detector.
+
+    A path of an image that the router has seen says little about one that it has not.
+    """
+    count = min(recipe.examples, len(rows) // 2)
+    return rows[:count], rows[count:]
 
 
 def split_rows(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
@@ -182,7 +250,7 @@ def label_rows(images: ImageSet, rows: Tensor, clean: Routed) -> Labelling:
 
 def assemble(
     model: nn.Module,
-    router: Router,
+    router: ForwardRouter,
     spec: InputSpec,
     data: FitData,
     calibration: Routed,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from defense.errors import ArchiveError, DataError
 from defense.offline.attacks import Attack
 from defense.offline.collect import Served, backbone_inputs
+from defense.sites import device_of
 
 TOLERANCE = 2e-3
 LEVELS = 255
@@ -63,7 +64,7 @@ class _PixelModel(nn.Module):
     def __init__(self, backbone: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.backbone = backbone
-        device = next(iter(backbone.state_dict().values())).device
+        device = device_of(backbone)
         self.register_buffer("scale", scale.to(device))
         self.register_buffer("shift", shift.to(device))
         self.eval()

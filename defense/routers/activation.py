@@ -5,13 +5,15 @@ The control that every routing system has to beat: what pooled activations alrea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from defense.errors import ConfigError, nearest
+from defense.sites import discover_sites
 from defense.types import PathLayout, Site
 
 STATISTICS = ("mean", "max", "deviation")
@@ -45,6 +47,37 @@ class ActivationRouter:
         if len(names) == 1:
             return _pool(output, positions, names[0])
         return torch.cat([_pool(output, positions, name) for name in names], dim=1)
+
+    def finish(self, path: Tensor, logits: Tensor) -> Tensor:
+        """The pooled channels are the path."""
+        return path
+
+
+@dataclass(frozen=True)
+class ActivationRecipe:
+    """Hyper-parameters: which statistics of a channel stand in the path."""
+
+    examples: ClassVar[int] = 0
+
+    statistics: tuple[str, ...] = ("mean",)
+
+    def sites(
+        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
+    ) -> tuple[Site, ...]:
+        """Observe activations and blocks."""
+        return discover_sites(model, example, names=names)
+
+    def fit(
+        self,
+        model: nn.Module,
+        sites: tuple[Site, ...],
+        inputs: Tensor,
+        *,
+        seed: int,
+        progress: Callable[[float], None],
+    ) -> ActivationRouter:
+        """Nothing is learnt."""
+        return ActivationRouter(PathLayout(sites, self.statistics))
 
 
 def _pool(output: Tensor, positions: tuple[int, ...], statistic: str) -> Tensor:

@@ -20,11 +20,13 @@ from defense.offline.fit import (
     fit_archive,
     fit_module,
     label_rows,
+    share_rows,
     split_rows,
     successes,
+    told,
 )
-from defense.routers import ROUTERS
-from defense.routers.activation import ActivationRouter
+from defense.routers import ROUTERS, RouterKind
+from defense.routers.activation import ActivationRecipe, ActivationRouter
 from defense.types import Routed
 from tests.conftest import TRAINED_ON, Digits
 from tests.served import PngHandler, SmallNet, hook_count, images_like_noise, png
@@ -156,11 +158,49 @@ def test_a_router_that_takes_a_second_pass_cannot_serve(monkeypatch: pytest.Monk
     class TwoPasses(ActivationRouter):
         one_forward: ClassVar[bool] = False
 
-    monkeypatch.setitem(ROUTERS, "two-passes", TwoPasses)
+    monkeypatch.setitem(ROUTERS, "two-passes", RouterKind(ActivationRecipe, TwoPasses))
     with pytest.raises(
         ConfigError, match="'two-passes' needs more than one forward pass and cannot"
     ):
         FitOptions(router="two-passes")
+
+
+def test_only_the_activation_router_has_a_choice_of_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fixed:
+        examples: ClassVar[int] = 0
+
+    monkeypatch.setitem(ROUTERS, "fixed", RouterKind(Fixed, ActivationRouter))  # type: ignore[arg-type]
+    assert FitOptions(statistics=("max",)).recipe() == ActivationRecipe(("max",))
+    with pytest.raises(ConfigError, match="the router 'fixed' has no choice of statistics; leave"):
+        FitOptions(router="fixed", statistics=("max",))
+
+
+def test_a_router_that_learns_takes_rows_that_the_detector_does_not_see() -> None:
+    class Learner(ActivationRecipe):
+        examples: ClassVar[int] = 30
+
+    router_rows, rest = share_rows(torch.arange(100), Learner())
+    assert (router_rows.tolist(), rest.tolist()) == (list(range(30)), list(range(30, 100)))
+    router_rows, rest = share_rows(torch.arange(40), Learner())
+    assert (len(router_rows), len(rest)) == (20, 20)
+    router_rows, rest = share_rows(torch.arange(40), ActivationRecipe())
+    assert (len(router_rows), len(rest)) == (0, 40)
+
+
+def test_shares_that_are_done_become_steps_of_a_bar() -> None:
+    steps: list[int] = []
+
+    class Bar:
+        def advance(self, count: int = 1) -> None:
+            steps.append(count)
+
+    tell = told(Bar(), 10)
+    for share in (0.25, 0.5, 1.0):
+        tell(share)
+    assert sum(steps) == 10
+    assert len(steps) == 3
 
 
 def test_the_split_is_random_complete_and_in_the_share_that_was_asked_for() -> None:

@@ -24,6 +24,7 @@ from defense.offline.training import (
     batches,
     calibration_error,
     evaluate,
+    hidden,
     learning_rate,
     read_split,
     reflected,
@@ -209,7 +210,7 @@ def test_hooks_see_every_block_and_every_activation() -> None:
 
 def test_every_epoch_mirrors_the_images_that_the_one_before_did_not() -> None:
     images = coloured_images(16)
-    still = replace(SETTINGS, crop=0, small_epochs=0)
+    still = replace(SETTINGS, crop=0, cutout=0, small_epochs=0)
 
     def epoch(number: int) -> set[bytes]:
         return {x.numpy().tobytes() for x in next(batches(images, still, number))[0].contiguous()}
@@ -219,6 +220,17 @@ def test_every_epoch_mirrors_the_images_that_the_one_before_did_not() -> None:
     both = {x.numpy().tobytes() for x in torch.cat([plain, mirrored]).contiguous()}
     assert epoch(0) | epoch(1) == both
     assert epoch(0) == epoch(2)
+
+
+def test_a_square_of_every_image_shows_the_mean_colour() -> None:
+    x = torch.ones(3, 2, 8, 6)
+    cut = hidden(x, torch.tensor([[0.5, 0.0, 0.99], [0.5, 0.0, 0.99]]), 4)
+    expected = torch.ones(3, 8, 6)
+    expected[0, 2:6, 1:5] = 0
+    expected[1, :2, :2] = 0  # centred on a corner, most of it lies outside
+    expected[2, 5:, 3:] = 0
+    assert torch.equal(cut, expected[:, None].expand(3, 2, 8, 6))
+    assert torch.equal(hidden(x, torch.zeros(2, 3), 0), x)
 
 
 def test_shifting_mirrors_the_border_like_numpy_does() -> None:

@@ -76,3 +76,41 @@ def test_an_unknown_statistic_is_an_error_that_names_the_nearest() -> None:
     assert STATISTICS == ("mean", "max", "deviation")
     with pytest.raises(ConfigError, match=r"no statistic 'maen'; did you mean 'mean'\?"):
         router("maen")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((2, 5), -1),
+        ((2, 5, 4), 1),
+        ((2, 5, 4, 3), 1),
+        ((2, 5, 4, 3, 2), 1),
+        ((2, 4, 5), -1),
+        ((2, 4, 3, 5), -1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_outputs_of_every_shape_dtype_and_device_are_reduced_where_they_are(
+    shape: tuple[int, ...], axis: int, dtype: torch.dtype, device: str
+) -> None:
+    site = Site("anything", 0, 5, axis)
+    output = torch.rand(shape, device=device).to(dtype)
+    reduced = router(*STATISTICS).reduce(output, site)
+    assert (reduced.shape, reduced.dtype) == ((2, 15), torch.float32)
+    assert reduced.device.type == device
+
+
+def test_channels_are_the_same_wherever_their_axis_lies() -> None:
+    maps = torch.randn(2, 5, 4, 3)
+    first = router(*STATISTICS).reduce(maps, Site("a", 0, 5, 1))
+    last = router(*STATISTICS).reduce(maps.permute(0, 2, 3, 1), Site("a", 0, 5, -1))
+    torch.testing.assert_close(first, last)
+
+
+def test_memory_layout_does_not_matter() -> None:
+    maps, site = torch.randn(2, 5, 4, 3), Site("a", 0, 5, 1)
+    strided = maps.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        router(*STATISTICS).reduce(maps, site), router(*STATISTICS).reduce(strided, site)
+    )
