@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -342,10 +343,18 @@ def train(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Written after every epoch; a run resumes from it.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 40,
+    method: Annotated[
+        str, typer.Option(help="plain, or a published method: see the README.")
+    ] = "plain",
+    start: Annotated[
+        Path | None, typer.Option(help="Card of a trained network to go on from.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images; by default the method's.")
+    ] = None,
     small_epochs: Annotated[
-        int, typer.Option(help="How many of them, the first ones, see the images at 24x24.")
-    ] = 18,
+        int | None, typer.Option(help="How many of them, the first ones, see images at 24x24.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 500,
     seed: Seed = 0,
 ) -> None:
@@ -356,20 +365,24 @@ def train(
 
     Example: `pathguard train --data data/cifar10.zip --out runs/cifar10.safetensors`
     """
+    from defense.offline.backbones import train_backbone
+    from defense.offline.methods import method_named
     from defense.offline.networks import Architecture
-    from defense.offline.training import TrainingSettings, train_backbone
 
-    settings = TrainingSettings(
-        epochs=epochs, small_epochs=small_epochs, batch_size=batch_size, seed=seed
-    )
+    chosen = method_named(method)
+    asked = {"epochs": epochs, "small_epochs": small_epochs}
+    given = {name: value for name, value in asked.items() if value is not None}
+    settings = replace(chosen.settings, batch_size=batch_size, seed=seed, **given)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = train_backbone(
         data.absolute(),
         out,
+        method=chosen,
         architecture=Architecture(classes=_count_classes(data)),
         settings=settings,
         checkpoint=checkpoint or out.with_suffix(".checkpoint"),
         command="pathguard " + shlex.join(sys.argv[1:]),
+        start=start,
     )
     console.print(f"Accuracy on the test images: {result.accuracy:.2%}. Weights: {out}")
 

@@ -7,21 +7,17 @@ Images are `(N, 3, H, W)` uint8 throughout; networks see them as `(pixels / 255 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +31,7 @@ from torch.nn import functional
 
 from defense.errors import ArtifactError, ConfigError, DataError
 from defense.offline.data import read_images
-from defense.offline.networks import Architecture, CifarResNet, Normalisation
+from defense.offline.networks import Normalisation
 from defense.offline.progress import Progress, bar
 
 EVALUATION_BATCH = 500
@@ -51,7 +47,6 @@ class TrainingSettings:
     learning_rate: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 7e-4
-    label_smoothing: float = 0.1
     warmup: float = 0.2
     """Share of all steps, in (0, 1), after which the learning rate peaks."""
     crop: int = 4
@@ -128,6 +123,44 @@ def decode(payload: bytes, name: str) -> Tensor:
         raise DataError(f"{name} is no readable image ({error}); remove it.") from error
 
 
+class Objective(Protocol):
+    """What a training method minimises: a frozen dataclass of its weights and constants."""
+
+    def loss(self, network: nn.Module, x: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Return the mean loss, a scalar, of `x` `(B, 3, S, S)` and `labels` `(B,)` in `epoch`.
+
+        `network` is in training mode. Chance comes from torch's global generator, which is seeded
+        for every epoch.
+        """
+        ...
+
+    def settle(self, network: nn.Module, epoch: int) -> None:
+        """Put weights back where they belong, after every step."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Plain training: cross-entropy to labels smoothed by this share."""
+
+    label_smoothing: float = 0.1
+
+    def loss(self, network: nn.Module, x: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Return the mean cross-entropy."""
+        return functional.cross_entropy(
+            logits(network, x), labels, label_smoothing=self.label_smoothing
+        )
+
+    def settle(self, network: nn.Module, epoch: int) -> None:
+        """Any weights will do."""
+
+
+def logits(network: nn.Module, x: Tensor) -> Tensor:
+    """Return the float32 logits `(B, K)` of a pass in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return network(x).float()  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class EpochRecord:
     """One epoch: mean training loss, accuracy on the validation images (if any), seconds."""
@@ -176,6 +209,7 @@ def train(
     settings: TrainingSettings,
     *,
     checkpoint: Path,
+    objective: Objective | None = None,
     validation: LabelledImages | None = None,
     console: Console | None = None,
 ) -> tuple[EpochRecord, ...]:
@@ -183,17 +217,18 @@ def train(
 
     After every epoch the run is written to `checkpoint`; if that file exists, it continues there.
     """
+    objective = objective or CrossEntropy()
     images = images.to(next(network.parameters()).device)
     steps = steps_per_epoch(images, settings)
     run = new_run(network, settings)
-    identity = identify(network, images, settings)
+    identity = identify(network, images, settings, objective)
     if checkpoint.exists():
         restore(run, checkpoint, identity)
     console = console or Console()
     with bar(console, "training", settings.epochs * steps) as progress:
         progress.advance(len(run.history) * steps)
         while len(run.history) < settings.epochs:
-            record = run_epoch(run, images, settings, validation, progress)
+            record = run_epoch(run, images, settings, objective, validation, progress)
             run.history.append(record)
             save(run, checkpoint, identity)
             console.print(record.line())
@@ -227,26 +262,33 @@ def run_epoch(
     run: Run,
     images: LabelledImages,
     settings: TrainingSettings,
+    objective: Objective,
     validation: LabelledImages | None,
     progress: Progress,
 ) -> EpochRecord:
     """Train for the epoch that comes after the run's history and return its record."""
     started, epoch = time.monotonic(), len(run.history)
     losses = []
-    for x, labels, rate in batches(images, settings, epoch):
-        losses.append(step(run, x, labels, rate, settings))
-        progress.advance()
-    loss = torch.stack(losses).mean().item()
-    if not math.isfinite(loss):
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed * 1_000_003 + epoch + 1)
+        for x, labels, rate in batches(images, settings, epoch):
+            loss = objective.loss(run.network.train(), x, labels, epoch)
+            step(run, loss, rate)
+            objective.settle(run.network, epoch)
+            follow(run.average, run.network, settings.average_decay)
+            losses.append(loss.detach())
+            progress.advance()
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
         raise ConfigError(
-            f"Training diverged in epoch {epoch + 1} (its mean loss is {loss}); "
+            f"Training diverged in epoch {epoch + 1} (its mean loss is {mean}); "
             f"choose a learning_rate below {settings.learning_rate}."
         )
     accuracy = None
     if validation is not None:
         with torch.autocast(images.pixels.device.type, torch.bfloat16):
             accuracy = evaluate(run.average, validation, images.normalisation).accuracy
-    return EpochRecord(epoch + 1, loss, accuracy, time.monotonic() - started)
+    return EpochRecord(epoch + 1, mean, accuracy, time.monotonic() - started)
 
 
 def steps_per_epoch(images: LabelledImages, settings: TrainingSettings) -> int:
@@ -317,7 +359,7 @@ def hidden(x: Tensor, centres: Tensor, side: int) -> Tensor:
         )
     )
     shown = ~(rows[:, None, :, None] & columns[:, None, None, :])
-    return x * shown.to(x.device, x.dtype)
+    return torch.mul(x, shown.to(x.device, x.dtype))
 
 
 def reflected(index: Tensor, size: int) -> Tensor:
@@ -330,21 +372,13 @@ def shrunk(x: Tensor, side: int) -> Tensor:
     return functional.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
 
 
-def step(run: Run, x: Tensor, labels: Tensor, rate: float, settings: TrainingSettings) -> Tensor:
-    """Take one optimiser step on a batch and return its mean loss, a detached scalar."""
-    run.network.train()
+def step(run: Run, loss: Tensor, rate: float) -> None:
+    """Take one optimiser step down the gradient of `loss`, a scalar, at the given rate."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    with torch.autocast(x.device.type, torch.bfloat16):
-        logits = run.network(x)
-    loss = functional.cross_entropy(
-        logits.float(), labels, label_smoothing=settings.label_smoothing
-    )
     run.optimizer.zero_grad()
     torch.autograd.backward(loss)
     run.optimizer.step()
-    follow(run.average, run.network, settings.average_decay)
-    return loss.detach()
 
 
 @torch.no_grad()
@@ -403,13 +437,14 @@ def whiten(network: nn.Module, images: LabelledImages) -> None:
 
 
 def identify(
-    network: nn.Module, images: LabelledImages, settings: TrainingSettings
+    network: nn.Module, images: LabelledImages, settings: TrainingSettings, objective: Objective
 ) -> dict[str, str]:
     """Return what two runs must share for one to continue the other, as flat names and values."""
     identity = {
         f"shape of {name}": str(list(value.shape)) for name, value in network.state_dict().items()
     }
     identity |= {name: str(value) for name, value in asdict(settings).items()}
+    identity["objective"] = repr(objective)
     return identity | {"number of images": str(len(images)), "classes": ", ".join(images.classes)}
 
 
@@ -461,61 +496,3 @@ def restore(run: Run, path: Path, identity: dict[str, str]) -> None:
         for name, value in tensors.items():
             value.copy_(stored[name])
     run.history[:] = history
-
-
-def train_backbone(
-    source: Path,
-    out: Path,
-    *,
-    architecture: Architecture,
-    settings: TrainingSettings,
-    checkpoint: Path,
-    command: str,
-) -> Evaluation:
-    """Train on `train/CLASS/*` of `source`, write weights and card, return the test evaluation.
-
-    `out` is the weights' file; the card has its name with `.json`. `test/CLASS/*` is measured after
-    every epoch, yet nothing is chosen by it: the last epoch is what is written.
-    """
-    images, test = read_split(source, "train"), read_split(source, "test")
-    torch.manual_seed(settings.seed)
-    network = CifarResNet(architecture)
-    whiten(network, images)
-    network.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    history = train(network, images, settings, checkpoint=checkpoint, validation=test)
-    result = evaluate(network, test, images.normalisation)
-    weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    write_tensors(out, weights, {})
-    facts: dict[str, object] = {
-        "weights": out.name,
-        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
-        "command": command,
-        "architecture": {"network": "CifarResNet"} | asdict(architecture),
-        "parameters": sum(value.numel() for value in network.parameters()),
-        "test": {"images": len(test), "calibration_bins": CALIBRATION_BINS} | asdict(result),
-    }
-    card = json.dumps(facts | provenance(images, settings, history), indent=2) + "\n"
-    write_atomically(out.with_suffix(".json"), lambda unfinished: unfinished.write_text(card))
-    return result
-
-
-def provenance(
-    images: LabelledImages, settings: TrainingSettings, history: tuple[EpochRecord, ...]
-) -> dict[str, object]:
-    """Return what a card says about the making of a network: input, recipe, course, versions."""
-    pixels = {"shape": list(images.pixels.shape[1:]), "pixels": "RGB in [0, 1]"}
-    packages = ("torch", "safetensors", "pillow")
-    return {
-        "classes": list(images.classes),
-        "input": pixels | asdict(images.normalisation),
-        "recipe": {"optimizer": "SGD, Nesterov", "precision": "bfloat16"} | asdict(settings),
-        "training": {
-            "images": len(images),
-            "seconds": round(sum(record.seconds for record in history)),
-            "loss": [round(record.loss, 4) for record in history],
-            "test_accuracy": [record.accuracy for record in history],
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
-    }

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 
 from defense.errors import ArtifactError, ConfigError, DataError
-from defense.offline.networks import Architecture, CifarResNet, Normalisation, load_network
+from defense.offline.networks import Architecture, CifarResNet, Normalisation
 from defense.offline.training import (
-    LabelledImages,
     TrainingSettings,
     batches,
     calibration_error,
@@ -30,59 +25,18 @@ from defense.offline.training import (
     reflected,
     shifted,
     train,
-    train_backbone,
     whiten,
 )
-
-TINY = Architecture(depths=(1, 2), widths=(6, 8), stem=4, classes=3)
-SETTINGS = TrainingSettings(epochs=4, batch_size=16, small_epochs=1, small_size=8, crop=2, seed=3)
-
-
-def coloured_images(count: int = 50, side: int = 12) -> LabelledImages:
-    """Return noisy images whose brightest channel is their class."""
-    draw = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 3
-    pixels = torch.randint(0, 90, (count, 3, side, side), generator=draw)
-    pixels[torch.arange(count), labels] += 120
-    return LabelledImages(pixels.to(torch.uint8), labels, ("red", "green", "blue"))
-
-
-def tiny_network(architecture: Architecture = TINY) -> CifarResNet:
-    """Return a network whose first weights are always the same."""
-    torch.manual_seed(5)
-    return CifarResNet(architecture)
-
-
-def silent() -> Console:
-    """Return a console that nobody reads."""
-    return Console(file=StringIO())
-
-
-def interrupt_at(network: nn.Module, call: int) -> Callable[[], None]:
-    """Make the network's n-th forward pass raise KeyboardInterrupt; call the result to undo it."""
-    calls = 0
-
-    def hook(_module: nn.Module, _args: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-
-    return network.register_forward_pre_hook(hook).remove
-
-
-def same_tensors(first: nn.Module, second: nn.Module) -> bool:
-    """Tell whether two networks agree in every bit of every tensor."""
-    other = second.state_dict()
-    return all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
-
-
-def write_folder(root: Path, split: str, images: LabelledImages) -> None:
-    """Write images as `root/split/CLASS/NUMBER.png`."""
-    for number, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
-        file = root / split / images.classes[int(label)] / f"{number:04}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+from tests.coloured import (
+    SETTINGS,
+    TINY,
+    coloured_images,
+    interrupt_at,
+    same_tensors,
+    silent,
+    tiny_network,
+    write_folder,
+)
 
 
 @pytest.mark.parametrize("call", [1, 3, 4, 8, 12])
@@ -176,9 +130,9 @@ def test_settings_that_no_run_can_follow_are_refused(wrong: dict[str, float]) ->
 
 
 def test_architectures_that_describe_no_network_are_refused() -> None:
-    with pytest.raises(ConfigError, match="one depth and one width per stage"):
+    with pytest.raises(ValueError, match="one depth and one width per stage"):
         Architecture(depths=(1, 2), widths=(8,))
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         Architecture(depths=(1, 0), widths=(8, 8))
 
 
@@ -342,44 +296,6 @@ def test_images_without_classes_and_files_that_are_no_images_are_refused(tmp_pat
     (tmp_path / "train/red/0000.png").write_text("no image")
     with pytest.raises(DataError, match=r"red/0000\.png is no readable image"):
         read_split(tmp_path, "train")
-
-
-@pytest.fixture
-def backbone(tmp_path: Path) -> Path:
-    """Return the card of a tiny backbone trained from a folder."""
-    write_folder(tmp_path / "data", "train", coloured_images(33))
-    write_folder(tmp_path / "data", "test", coloured_images(12))
-    train_backbone(
-        tmp_path / "data",
-        tmp_path / "out" / "tiny.safetensors",
-        architecture=TINY,
-        settings=SETTINGS,
-        checkpoint=tmp_path / "work" / "checkpoint",
-        command="pathguard train data",
-    )
-    return tmp_path / "out" / "tiny.json"
-
-
-def test_a_card_describes_the_backbone_that_lies_beside_it(backbone: Path, tmp_path: Path) -> None:
-    network, normalise = load_network(backbone)
-    card = json.loads(backbone.read_text())
-    result = evaluate(network, read_split(tmp_path / "data", "test"), normalise)
-    assert {name: card["test"][name] for name in asdict(result)} == asdict(result)
-    assert card["command"] == "pathguard train data"
-    assert card["recipe"]["seed"] == SETTINGS.seed
-    assert card["parameters"] == sum(value.numel() for value in network.parameters())
-    assert len(card["training"]["loss"]) == SETTINGS.epochs
-    assert not list(backbone.parent.glob("*.partial"))
-
-
-def test_weights_that_the_card_does_not_describe_are_refused(backbone: Path) -> None:
-    weights = backbone.with_suffix(".safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ArtifactError, match="are not the ones it describes"):
-        load_network(backbone)
-    weights.unlink()
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        load_network(backbone)
 
 
 def test_normalised_images_lie_channels_last() -> None:
