@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from defense.errors import ConfigError, PathGuardError
+
+if TYPE_CHECKING:
+    from defense.offline.data import ImageSet
 
 app = typer.Typer(
     help="Adversarial defence for served models: guard an archive that TorchServe already serves.",
@@ -34,6 +37,10 @@ Data = Annotated[
     typer.Option(help="Images: a folder or a zip, one folder per class (or DATA.zip/FOLDER)."),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same artefact.")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Use one of several disjoint parts of the images only, such as 1/2."),
+]
 Eps = Annotated[
     str, typer.Option(help="Largest change of a pixel, of 1 or as a fraction such as 8/255.")
 ]
@@ -89,6 +96,7 @@ def fit(
         str | None, typer.Option(help="Attacks for detectors that are fitted with them.")
     ] = None,
     eps: Eps = "8/255",
+    part: Part = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many images.")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -100,7 +108,6 @@ def fit(
     Example: `pathguard fit --archive model.mar --data images/ --out guard/`
     """
     from defense.artifact import save_guard
-    from defense.offline.data import read_images
     from defense.offline.fit import FitOptions, fit_archive
     from defense.offline.progress import bar
 
@@ -111,7 +118,7 @@ def fit(
         sites=_words(sites) if sites else None,
         seed=seed,
     )
-    images = read_images(data).shuffled(seed, limit)
+    images = _images(data, part).shuffled(seed, limit)
     with _opened(archive) as served, bar(console, "Fitting", len(images)) as progress:
         attack = _fit_attack(served, attacks, _eps(eps), seed) if attacks else None
         guard = fit_archive(served, images, options=options, attack=attack, progress=progress)
@@ -300,6 +307,7 @@ def evaluate(
     report: Annotated[Path, typer.Option("--out", help="Where the JSON report goes.")],
     attacks: Annotated[str, typer.Option(help="Attacks, separated by commas.")] = "fgsm,pgd,cw",
     eps: Eps = "8/255",
+    part: Part = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many images.")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -310,13 +318,12 @@ def evaluate(
     from defense.artifact import load_guard
     from defense.cli.show import print_report
     from defense.offline.attacks import make_attack
-    from defense.offline.data import read_images
     from defense.offline.evaluate import evaluate as measure
     from defense.offline.progress import bar
 
     fitted = load_guard(guard)
     chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks)]
-    images = read_images(data).shuffled(seed, limit)
+    images = _images(data, part).shuffled(seed, limit)
     steps = len(images) * (1 + 2 * len(chosen))
     with _opened(archive) as served, bar(console, "Evaluating", steps) as progress:
         result = measure(
@@ -388,6 +395,22 @@ def train(
 
 
 @app.command()
+def pack(
+    card: Annotated[Path, typer.Argument(help="The card of a network, beside its weights.")],
+    out: Annotated[Path, typer.Option(help="The archive to write (.mar).")],
+) -> None:
+    """Pack a network that 'pathguard train' made as an ordinary TorchServe archive.
+
+    Example: `pathguard pack model_store/cifar10.json --out model_store/cifar10.mar`
+    """
+    from defense.offline.archived import pack_network
+
+    pack_network(card, out)
+    console.print(f"Archive written to {out}.")
+    _next(f"pathguard fit --archive {out} --data images/ --out guard/")
+
+
+@app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
     folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),
@@ -399,6 +422,18 @@ def bench(
     from defense.cli.bench import run_bench
 
     run_bench(folder, rounds=rounds, console=console)
+
+
+def _images(data: Path, part: str | None) -> ImageSet:
+    from defense.offline.data import read_images
+
+    images = read_images(data)
+    if part is None:
+        return images
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise ConfigError(f"--part takes a number of parts such as 1/2, not '{part}'")
+    return images.part(int(number), int(parts))
 
 
 @contextmanager

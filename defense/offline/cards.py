@@ -21,9 +21,8 @@ def load_network(card: Path) -> tuple[CifarResNet, Normalisation]:
         shape, statistics = facts["architecture"], facts["input"]
         digest = facts["sha256"]
         kind = NETWORKS[shape["network"]]
-        network = kind(
-            Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()})
-        )
+        depths, widths = tuple(shape["depths"]), tuple(shape["widths"])
+        network = kind(Architecture(depths, widths, shape["stem"], shape["classes"]))
         normalise = Normalisation(tuple(statistics["mean"]), tuple(statistics["std"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(

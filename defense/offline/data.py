@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
@@ -43,6 +44,22 @@ class ImageSet:
         """Return the given images, in that order."""
         labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
         return ImageSet(self.root, tuple(self.names[i] for i in indices), labels, self.class_names)
+
+    def part(self, number: int, parts: int) -> ImageSet:
+        """Return the images of part `number`, from 1, of `parts` disjoint ones of about one size.
+
+        An image's own name decides, so that it lies in the same part wherever the data lies.
+        """
+        if not 1 <= number <= parts:
+            raise DataError(
+                f"there is no part {number} of {parts}; name one such as 1/2, from 1/{parts} to "
+                f"{parts}/{parts}"
+            )
+        keys = ["/".join(PurePosixPath(name).parts[-2:]).encode() for name in self.names]
+        digests = [blake2b(key, digest_size=4).digest() for key in keys]
+        return self.take(
+            [i for i, d in enumerate(digests) if int.from_bytes(d) % parts == number - 1]
+        )
 
     def shuffled(self, seed: int, limit: int | None = None) -> ImageSet:
         """Return the images in random order, at most `limit`, classes in their own proportions."""

@@ -120,3 +120,18 @@ def test_what_an_operating_system_leaves_in_a_zip_is_no_image(tmp_path: Path) ->
             archive.writestr(name, b"")
 
     assert read_images(tmp_path / "data.zip").names == ("a/1.png", "b/2.png")
+
+
+def test_parts_are_disjoint_complete_and_the_same_wherever_the_images_lie(tmp_path: Path) -> None:
+    names = tuple(f"cat/{i}.png" for i in range(200))
+    here = ImageSet(tmp_path, names, (0,) * 200, ("cat",))
+    there = ImageSet(tmp_path, tuple(f"test/{name}" for name in names), (0,) * 200, ("cat",))
+    first, second = here.part(1, 2), here.part(2, 2)
+    assert sorted(first.names + second.names) == sorted(names)
+    assert 70 < len(first) < 130
+    assert [f"test/{name}" for name in first.names] == list(there.part(1, 2).names)
+
+
+def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no part 3 of 2; name one such as 1/2"):
+        ImageSet(tmp_path, (), None, ()).part(3, 2)
