@@ -411,6 +411,50 @@ def pack(
 
 
 @app.command()
+def compare(
+    data: Annotated[
+        Path, typer.Option(help="Folder or zip that holds train/CLASS/* and test/CLASS/*.")
+    ],
+    backbone: Annotated[
+        list[str],
+        typer.Option(help="NAME=CARD of a network; NAME is plain, decoupled or class_gates."),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Where the tables go.")] = Path(
+        "benchmarks"
+    ),
+    images: Annotated[int, typer.Option(help="Test images to attack.")] = 600,
+    slow_images: Annotated[int, typer.Option(help="How many of them slow routers see.")] = 200,
+    kept: Annotated[
+        Path, typer.Option(help="What was measured lies here; a run that was stopped goes on.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Compare all routing systems on the same images: cost, what their paths tell, detection.
+
+    Example: `pathguard compare --data data/cifar10.zip --backbone plain=model_store/cifar10.json`
+    """
+    from defense.offline.compare import Cache, steps_of
+    from defense.offline.compare import compare as measure
+    from defense.offline.compare_page import render
+    from defense.offline.progress import bar
+
+    cards = {name: Path(card) for name, _, card in (item.partition("=") for item in backbone)}
+    with bar(console, "Comparing", steps_of(cards)) as progress:
+        result = measure(
+            cards,
+            data,
+            images=images,
+            slow_images=slow_images,
+            cache=Cache(kept),
+            progress=progress,
+            command="pathguard " + shlex.join(sys.argv[1:]),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "routers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "routers.md").write_text(render(result))
+    console.print(f"Tables written to {folder / 'routers.md'}.")
+
+
+@app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
     folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),

@@ -67,8 +67,14 @@ def route(model: nn.Module, router: Router, inputs: Tensor) -> Routed:
         with GatedBackbone(model, router) as gated:
             return collect_inputs(model, gated, inputs)
     device = device_of(model)
-    offline = cast(OfflineRouter, router)
+    offline = as_offline(router)
     return Routed.concat([_own(offline.route(model, x.to(device))) for x in inputs.split(BATCH)])
+
+
+def as_offline(router: Router) -> OfflineRouter:
+    """Return `router`, which cannot serve, as what it then is."""
+    assert not serves(router)
+    return cast(OfflineRouter, router)
 
 
 def backbone_inputs(served: Served, payloads: Sequence[bytes]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.errors import ConfigError, nearest
+from defense.offline.attacks.targeted import TargetedSteps
 
 LEVELS = 255
 BATCH = 128
@@ -66,6 +67,7 @@ def make_attack(name: str, *, eps: float) -> Attack:
         "pgd": Attack("pgd", eps, lambda m: ta.PGD(m, eps=eps, alpha=step, steps=20)),
         "cw": Attack("cw", None, lambda m: ta.CW(m, c=1, kappa=0, steps=40, lr=0.02)),
         "deepfool": Attack("deepfool", None, lambda m: ta.DeepFool(m, steps=20)),
+        "cdrp": Attack("cdrp", None, TargetedSteps),
     }
     if name not in table:
         raise ConfigError(f"no attack '{name}'{nearest(name, table)}")

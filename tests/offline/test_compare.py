@@ -1,0 +1,162 @@
+"""The comparison of routers: fair to every row, kept between runs, readable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from defense.errors import ConfigError
+from defense.offline import compare, costs
+from defense.offline.backbones import train_backbone
+from defense.offline.compare import Cache, Entry, detect, few, halves, judge, steps_of
+from defense.offline.compare_page import course, render
+from defense.offline.methods import METHODS
+from defense.offline.progress import Silent
+from defense.types import Routed
+from tests.coloured import SETTINGS, TINY, coloured_images, write_folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny images and a network that knows them."""
+    folder = tmp_path_factory.mktemp("study")
+    for split, count in (("train", 120), ("test", 90)):
+        write_folder(folder / "data", split, coloured_images(count))
+    train_backbone(
+        folder / "data",
+        folder / "tiny.safetensors",
+        method=METHODS["plain"],
+        architecture=TINY,
+        settings=replace(SETTINGS, epochs=6, average_decay=0.5, small_epochs=0),
+        checkpoint=folder / "checkpoint",
+        command="",
+    )
+    return folder
+
+
+def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = (Entry("activation", note="mean: the control"), Entry("contribution", slow=True))
+    monkeypatch.setattr(compare, "ENTRIES", entries)
+    monkeypatch.setattr(compare, "TREES", 5)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "BATCHES", (1, 4))
+    steps: list[int] = []
+
+    class Bar:
+        def advance(self, count: int = 1) -> None:
+            steps.append(count)
+
+    def run() -> dict[str, object]:
+        return compare.compare(
+            {"plain": study / "tiny.json"},
+            study / "data",
+            images=40,
+            slow_images=20,
+            cache=Cache(tmp_path / "kept"),
+            progress=Bar(),
+            command="pathguard compare",
+        )
+
+    result = run()
+    assert sum(steps) == steps_of({"plain": study / "tiny.json"})
+    rows = result["rows"]
+    assert isinstance(rows, list)
+    assert [row["router"] for row in rows] == ["activation", "contribution", "sorted softmax"]
+    assert [row["images"] for row in rows] == [40, 20, 40]
+    assert all(len(row["auroc"]) == 5 for row in rows)
+    page = render(json.loads(json.dumps(result)))
+    assert "| activation (mean: the control) | one |" in page
+    assert "| contribution | more |" in page
+
+    monkeypatch.setattr(compare, "route", lambda *_: pytest.fail("a path was taken again"))
+    again = run()["rows"]
+    assert isinstance(again, list)
+    assert json.dumps([row["auroc"] for row in again]) == json.dumps([row["auroc"] for row in rows])
+
+
+def test_the_comparison_needs_the_plain_network(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs the backbone 'plain'; name its card"):
+        compare.compare(
+            {},
+            tmp_path,
+            images=1,
+            slow_images=1,
+            cache=Cache(tmp_path),
+            progress=Silent(),
+            command="",
+        )
+
+
+def runs(count: int, gap: float) -> dict[str, Routed]:
+    """Return clean runs and attacked ones whose paths lie `gap` away; every second attack wins."""
+    draw = torch.Generator().manual_seed(0)
+    clean = torch.randn(count, 4, generator=draw)
+    attacked = torch.randn(count, 4, generator=draw) + gap
+    right, wrong = torch.eye(2)[0].expand(count, 2), torch.eye(2)[1].expand(count, 2)
+    won = (torch.arange(count) % 2 == 0)[:, None]
+    return {
+        "clean": Routed(right, clean),
+        "CDRP": Routed(torch.where(won, wrong, right), attacked),
+    }
+
+
+def path_of(run: Routed) -> Tensor:
+    return run.path
+
+
+def test_what_differs_is_found_and_what_does_not_is_not() -> None:
+    far, none = detect(runs(400, 5.0), path_of)["CDRP"], detect(runs(400, 0.0), path_of)["CDRP"]
+    assert far["success"] == [0.5]
+    for name in ("logistic", "forest"):
+        assert min(far[name]) > 0.99
+        assert 0.3 < np.mean(none[name]) < 0.7
+
+
+def test_no_image_lies_on_both_sides_of_a_split() -> None:
+    won = torch.ones(100, dtype=torch.bool)
+    seen: list[set[float]] = []
+
+    class Spy:
+        def fit(self, x: np.ndarray, y: np.ndarray) -> Spy:
+            seen.append(set(x.flatten()))
+            return self
+
+        def predict_proba(self, x: np.ndarray) -> np.ndarray:
+            seen.append(set(x.flatten()))
+            return np.zeros((len(x), 2))
+
+    numbers = torch.arange(100.0)[:, None]
+    assert judge(Spy(), numbers, numbers, won, halves(won, 0)) == 0.5
+    fitted, judged = seen
+    assert fitted.isdisjoint(judged)
+    assert len(fitted | judged) == 100
+
+
+def test_too_few_attacks_that_won_are_no_figure() -> None:
+    won = torch.zeros(100, dtype=torch.bool)
+    won[0] = True
+    path = torch.zeros(100, 1)
+    assert np.isnan(judge(None, path, path, won, halves(won, 0)))
+
+
+def test_few_images_are_those_of_every_class_whose_attack_won() -> None:
+    labels = torch.arange(40) % 4
+    won = torch.arange(40) >= 8
+    chosen = few(labels, won, 5, seed=1)
+    assert labels[chosen].bincount().tolist() == [5, 5, 5, 5]
+    assert bool(won[chosen].all())
+    assert few(labels, won, 100, seed=1).sum() == 32
+
+
+def test_a_course_shows_first_middle_and_last() -> None:
+    assert course([0.1, 0.2, 0.3, 0.4]) == "0.10 → 0.30 → 0.40"
+    assert course([0.5]) == "0.50"
+    assert course([]) == "-"
