@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,57 +10,12 @@ import torch
 from torch import nn
 
 from defense.archive import read_archive
-from defense.cli.app import main
-from defense.offline.demo.digits import DigitFolders, pack_digits, train_digits, write_digits
+from defense.offline.demo.digits import DigitFolders, pack_digits
 from defense.offline.demo.digits_model import DigitsNet
-from defense.offline.progress import Silent
 from tests.archives import build_archive
+from tests.cli import Run, archive, digits, guard, run
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> DigitFolders:
-    return write_digits(tmp_path_factory.mktemp("cli"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def archive(digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("archive") / "digits.mar"
-    pack_digits(train_digits(digits.train, seed=0, progress=Silent()), path)
-    return path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run `pathguard` with arguments, in an empty folder; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pathguard", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        assert code is None or isinstance(code, int)
-        return code or 0, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def guard(archive: Path, digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("guard") / "guard"
-    with pytest.MonkeyPatch.context() as patch:
-        words = ["pathguard", "fit", "--archive", archive, "--data", digits.fit, "--out", folder]
-        patch.setattr(sys, "argv", list(map(str, words)))
-        with pytest.raises(SystemExit) as stop:
-            main()
-    assert not stop.value.code
-    return folder
+__all__ = ["archive", "digits", "guard", "run"]  # fixtures that pytest finds here
 
 
 def test_a_guard_goes_from_fit_to_a_wrapped_archive_and_back(
@@ -304,7 +257,20 @@ def test_a_training_writes_weights_and_their_card(
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "fit", "wrap", "unwrap", "serve", "doctor", "inspect", "evaluate", "train", "bench"],
+    [
+        "demo",
+        "fit",
+        "wrap",
+        "unwrap",
+        "serve",
+        "doctor",
+        "evaluate",
+        "train",
+        "pack",
+        "compare",
+        "units",
+        "bench",
+    ],
 )
 def test_every_command_teaches_with_an_example(run: Run, command: str) -> None:
     code, shown, _ = run(command, "--help")

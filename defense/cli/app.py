@@ -282,16 +282,47 @@ def doctor(archive: ArchiveFile) -> None:
 
 @app.command()
 def inspect(
-    subject: Annotated[Path, typer.Argument(help="A guard folder or a guarded archive.")],
+    subject: Annotated[
+        Path | None, typer.Argument(help="A guard folder or a guarded archive.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Show the thresholds of this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    paths: Annotated[
+        Path | None, typer.Option(help="Draw paths instead: a page of pictures in this folder.")
+    ] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="With --paths: the archive, unwrapped.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --paths: images, one folder per class.")
+    ] = None,
+    router: Annotated[
+        str, typer.Option(help="With --paths and without a guard: the router to fit.")
+    ] = "activation",
+    attack: Annotated[str, typer.Option(help="With --paths: what attacks the images.")] = "pgd",
+    eps: Eps = "8/255",
+    limit: Annotated[int, typer.Option(help="With --paths: use at most so many images.")] = 400,
+    seed: Seed = 0,
 ) -> None:
-    """Show what is in a guard: what it was fitted to, its calibration and its thresholds.
+    """Show what is in a guard, or draw the paths that it or any router takes.
 
-    Example: `pathguard inspect guard/ --config config/guard.yaml`
+    Example: `pathguard inspect guard/ --config config/guard.yaml`, or
+    `pathguard inspect guard/ --paths page/ --archive model.mar --data images/`
     """
     from defense.cli.show import describe_guard, print_guard
 
+    if paths is not None:
+        if archive is None or data is None:
+            raise ConfigError("paths are those of images in an archive; add --archive and --data")
+        from defense.cli.paths import PathQuestion, draw_paths
+
+        images = _images(data, None).shuffled(seed, limit)
+        question = PathQuestion(archive, images, subject, router, attack, _eps(eps), seed)
+        page = draw_paths(question, paths, console)
+        console.print(f"Page written to {page}.", soft_wrap=True, highlight=False)
+        return
+    if subject is None:
+        raise ConfigError("there is nothing to inspect; name a guard folder or a guarded archive")
     facts = describe_guard(subject, config)
     if as_json:
         out.print_json(json.dumps(facts))
@@ -437,7 +468,7 @@ def compare(
     from defense.offline.compare_page import render
     from defense.offline.progress import bar
 
-    cards = {name: Path(card) for name, _, card in (item.partition("=") for item in backbone)}
+    cards = _cards(backbone)
     with bar(console, "Comparing", steps_of(cards)) as progress:
         result = measure(
             cards,
@@ -455,6 +486,33 @@ def compare(
 
 
 @app.command()
+def units(
+    data: Annotated[Path, typer.Option(help="Folder or zip that holds test/CLASS/*.")],
+    backbone: Annotated[list[str], typer.Option(help="NAME=CARD of a network, several times.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where the table goes.")] = Path(
+        "benchmarks"
+    ),
+    images: Annotated[int, typer.Option(help="Test images to look at.")] = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Measure what single units of networks tell: selectivity, information, consistency, influence.
+
+    Example: `pathguard units --data data/cifar10.zip --backbone plain=model_store/cifar10.json`
+    """
+    from defense.offline.compare import measure_networks
+    from defense.offline.units import unit_table
+
+    with console.status("Attacking and measuring"):
+        reports = measure_networks(_cards(backbone), data, images=images, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "pathguard " + shlex.join(sys.argv[1:])
+    (folder / "units.md").write_text(
+        f"# Units, network by network\n\n```sh\n{command}\n```\n\n{unit_table(reports)}\n"
+    )
+    console.print(f"Table written to {folder / 'units.md'}.")
+
+
+@app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
     folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),
@@ -466,6 +524,18 @@ def bench(
     from defense.cli.bench import run_bench
 
     run_bench(folder, rounds=rounds, console=console)
+
+
+def _cards(backbones: list[str]) -> dict[str, Path]:
+    cards: dict[str, Path] = {}
+    for item in backbones:
+        name, equals, card = item.partition("=")
+        if not (name and equals and card):
+            raise ConfigError(
+                f"--backbone takes NAME=CARD, such as plain=cifar10.json, not '{item}'"
+            )
+        cards[name] = Path(card)
+    return cards
 
 
 def _images(data: Path, part: str | None) -> ImageSet:

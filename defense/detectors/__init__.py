@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from defense.detectors.density import Density, DensityRecipe
+from defense.detectors.overlap import Overlap, OverlapRecipe
 from defense.detectors.supervised import Supervised, SupervisedRecipe
 from defense.detectors.trajectory import Trajectory, TrajectoryRecipe
 from defense.errors import ConfigError, nearest
@@ -44,6 +45,7 @@ class DetectorKind:
 DETECTORS: dict[str, DetectorKind] = {
     "density": DetectorKind(DensityRecipe, Density),
     "trajectory": DetectorKind(TrajectoryRecipe, Trajectory),
+    "overlap": DetectorKind(OverlapRecipe, Overlap),
     "supervised": DetectorKind(SupervisedRecipe, Supervised, needs_attacks=True),
 }
 

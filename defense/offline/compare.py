@@ -30,6 +30,7 @@ from defense.offline.networks import Normalisation
 from defense.offline.progress import Progress
 from defense.offline.reading import separability
 from defense.offline.training import LabelledImages, read_split, write_tensors
+from defense.offline.units import UnitReport, measure_units
 from defense.routers import Router, serves
 from defense.types import Routed
 
@@ -409,3 +410,22 @@ def steps_of(cards: dict[str, Path]) -> int:
     """Return how often `compare` advances its progress."""
     entries = [entry for entry in ENTRIES if entry.backbone in cards]
     return len(cards) * len(assaults()) + len(entries)
+
+
+def measure_networks(
+    cards: dict[str, Path], source: Path, *, images: int, seed: int
+) -> list[UnitReport]:
+    """Measure the units of every network on the same test images, and those images attacked."""
+    test = read_split(source, "test")
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:images]
+    pixels, labels = test.pixels[order].float() / 255, test.labels[order]
+    attack = make_attack("pgd", eps=8 / 255)
+    reports = []
+    for name, card in cards.items():
+        network, normalise = load_network(card)
+        network.requires_grad_(False)
+        on_pixels = OnPixels(network, normalise)
+        attacked = on_pixels.inputs(attack.run(on_pixels, pixels, labels, seed=seed))
+        clean = on_pixels.inputs(pixels)
+        reports.append(measure_units(name, network, clean, labels, attacked=attacked, seed=seed))
+    return reports

@@ -8,10 +8,13 @@ This file imports torch alone: archives carry it as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,43 @@ class CifarResNet(nn.Module):
         self.stages = nn.Sequential()
         channels = architecture.stem
         for depth, width in zip(architecture.depths, architecture.widths, strict=True):
-            first = BasicBlock(channels, width, halve=True)
-            rest = [BasicBlock(width, width, halve=False) for _ in range(depth - 1)]
+            first = self.block(channels, width, halve=True)
+            rest = [self.block(width, width, halve=False) for _ in range(depth - 1)]
             self.stages.append(nn.Sequential(first, *rest))
             channels = width
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, architecture.classes)
 
+    def block(self, inputs: int, outputs: int, *, halve: bool) -> BasicBlock:
+        """Return one block of a stage; a routed network has blocks of its own."""
+        return BasicBlock(inputs, outputs, halve=halve)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images `(N, 3, H, W)` to logits `(N, classes)`."""
         features = self.pool(self.stages(self.stem(x)))
         return self.head(features.flatten(1))  # type: ignore[no-any-return]
+
+
+class ClassGatedResNet(CifarResNet):
+    """A residual classifier with a gate per filter and class (https://arxiv.org/abs/2007.08194).
+
+    `class_gates` is (K, C) for K channels of the last feature map and C classes, each in [0, 1].
+    Requests take the standard path, without gates; training takes both.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        shape = (architecture.widths[-1], architecture.classes)
+        self.class_gates = nn.Parameter(torch.full(shape, 0.5))
+
+    def gated_forward(self, x: Tensor, labels: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Map images `(N, 3, H, W)` to logits `(N, C)`, each through the gates of its label `(N,)`.
+
+        gates: `(K, C)` in the place of the network's own.
+        """
+        columns = (self.class_gates if gates is None else gates).T[labels]
+        features = self.stages(self.stem(x)) * columns[:, :, None, None]
+        return self.head(self.pool(features).flatten(1))  # type: ignore[no-any-return]
 
 
 def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
@@ -107,5 +136,167 @@ def shortcut(inputs: int, outputs: int, *, halve: bool) -> nn.Module:
     return nn.Sequential(pool, convolution(inputs, outputs, 1), nn.BatchNorm2d(outputs))
 
 
-NETWORKS: dict[str, type[CifarResNet]] = {"CifarResNet": CifarResNet}
+class Controller(nn.Module):
+    """Decides from what a layer is given which channels of its output are open.
+
+    The architecture controlling module of interpretable decoupling (https://arxiv.org/abs/1906.01166,
+    section 3.1), with the authors' first weights: at first nothing depends on the input and three
+    quarters of the channels are open. Decisions are made in single precision, autocast or not.
+    """
+
+    emits_path = True
+    """How a router knows that what this module returns is a path."""
+
+    def __init__(self, inputs: int, outputs: int, classes: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, max(1, inputs // reduction))
+        self.fc2 = nn.Linear(self.fc1.out_features, outputs)
+        self.classifier = nn.Linear(outputs, classes, bias=False)
+        """Reads the class off the mask, in training alone."""
+        self.decisions: list[Decision] | None = None
+        nn.init.zeros_(self.fc1.weight)
+        nn.init.ones_(self.fc1.bias)
+        nn.init.kaiming_normal_(self.fc2.weight)
+        nn.init.ones_(self.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a layer's input `(N, inputs, H, W)` to the mask `(N, outputs)` of its output.
+
+        Open is 1 and closed 0; in training, values in between occur.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = x.mean((2, 3), dtype=self.fc1.weight.dtype)
+            wanted = self.fc2(functional.relu(self.fc1(pooled)))
+            return hashed(wanted) if self.training else (wanted > 0).to(wanted.dtype)
+
+    def gate(self, output: Tensor, by: Tensor) -> Tensor:
+        """Return `output` `(N, outputs, H, W)` of a layer that was given `by`, its closed channels 0."""
+        mask: Tensor = self(by)
+        if self.decisions is not None:
+            pooled = output.mean((2, 3), dtype=mask.dtype)
+            self.decisions.append(Decision(self, mask, pooled))
+        return output * mask.to(output.dtype)[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a controller decided: mask `(N, C)`, and the layer's output before it, pooled, `(N, C)`."""
+
+    controller: Controller
+    mask: Tensor
+    output: Tensor
+
+
+def hashed(wanted: Tensor) -> Tensor:
+    """Make `wanted` `(N, C)`, of any sign, nearly binary in [0, 1], with a gradient.
+
+    Improved semantic hashing (https://arxiv.org/abs/1801.09797): noise makes values close to 0 costly;
+    every entry is soft or hard by chance, and its gradient is the soft one's. Which are hard is drawn
+    for each image; the authors of decoupling draw channels once for a batch.
+    """
+    noisy = wanted + torch.randn_like(wanted)
+    soft = (1.2 * noisy.sigmoid() - 0.1).clamp(0, 1)
+    values = torch.where(torch.rand_like(soft) < 0.5, (noisy > 0).to(soft.dtype), soft)
+    return values.detach() + (soft - soft.detach())
+
+
+class DecoupledBlock(BasicBlock):
+    """A block whose layers each close channels of their output, as in the published ResNet-56.
+
+    skip_closed: for a single image, closed channels are left out instead of multiplied by 0. Answers
+    agree to rounding; modules inside the block, but for the controllers, are then not called.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, halve: bool, classes: int) -> None:
+        super().__init__(inputs, outputs, halve=halve)
+        self.control1 = Controller(inputs, outputs, classes)
+        self.control2 = Controller(outputs, outputs, classes)
+        self.skip_closed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, inputs, H, W)` to `(N, outputs, H', W')`: half the side, or the same."""
+        if self.skip_closed and not self.training and len(x) == 1:
+            return self.skipping(x)
+        hidden = self.relu1(self.bn1(self.pool(self.conv1(x))))
+        hidden = self.control1.gate(hidden, by=x)
+        inner = self.control2.gate(self.bn2(self.conv2(hidden)), by=hidden)
+        return self.relu2(inner + self.shortcut(x))  # type: ignore[no-any-return]
+
+    def skipping(self, x: Tensor) -> Tensor:
+        """Return what `forward` does for one image `(1, inputs, H, W)`; compute open channels alone."""
+        first, gates = opened(self.control1(x))
+        hidden = functional.conv2d(x, self.conv1.weight[first], padding=self.conv1.padding)
+        hidden = functional.relu(normalised(self.pool(hidden), self.bn1, first)) * gates
+        everywhere = hidden.new_zeros(1, self.conv1.out_channels, *hidden.shape[2:])
+        second, gates = opened(self.control2(everywhere.index_copy(1, first, hidden)))
+        weight = self.conv2.weight[second][:, first]
+        inner = functional.conv2d(hidden, weight, padding=self.conv2.padding)
+        inner = normalised(inner, self.bn2, second) * gates
+        return self.relu2(self.shortcut(x).index_add(1, second, inner))  # type: ignore[no-any-return]
+
+
+def opened(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the channels `(K,)` that a mask `(1, C)` opens, and their gates `(1, K, 1, 1)`.
+
+    Where none is open, a closed one stands in: convolutions want at least one.
+    """
+    channels = mask[0].nonzero()[:, 0] if mask.any() else mask.new_zeros(1, dtype=torch.long)
+    return channels, mask[:, channels, None, None]
+
+
+def normalised(x: Tensor, norm: nn.BatchNorm2d, channels: Tensor) -> Tensor:
+    """Apply to `x` `(N, K, H, W)` what `norm`, in eval mode, does to these `channels` `(K,)`."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, variance = norm.running_mean[channels], norm.running_var[channels]
+    weight, bias = norm.weight[channels], norm.bias[channels]
+    return functional.batch_norm(x, mean, variance, weight, bias, eps=norm.eps)
+
+
+class DecoupledResNet(CifarResNet):
+    """The same network with a controller per layer of its blocks; the stem is always open.
+
+    Its weights have the plain network's names, beside those of the controllers.
+    """
+
+    def block(self, inputs: int, outputs: int, *, halve: bool) -> BasicBlock:
+        """Return a block with controllers."""
+        return DecoupledBlock(inputs, outputs, halve=halve, classes=self.architecture.classes)
+
+    @property
+    def blocks(self) -> tuple[DecoupledBlock, ...]:
+        """The blocks, in the order of execution."""
+        return tuple(module for module in self.modules() if isinstance(module, DecoupledBlock))
+
+    @property
+    def skip_closed(self) -> bool:
+        """Whether a single image's closed channels are left out instead of multiplied by 0."""
+        return all(block.skip_closed for block in self.blocks)
+
+    @skip_closed.setter
+    def skip_closed(self, skip: bool) -> None:
+        for block in self.blocks:
+            block.skip_closed = skip
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Decision]]:
+        """Collect all decisions made inside the block, with their graph; nothing is skipped in it."""
+        decisions: list[Decision] = []
+        skip, self.skip_closed = self.skip_closed, False
+        controllers = [module for module in self.modules() if isinstance(module, Controller)]
+        try:
+            for controller in controllers:
+                controller.decisions = decisions
+            yield decisions
+        finally:
+            for controller in controllers:
+                controller.decisions = None
+            self.skip_closed = skip
+
+
+NETWORKS: dict[str, type[CifarResNet]] = {
+    "CifarResNet": CifarResNet,
+    "ClassGatedResNet": ClassGatedResNet,
+    "DecoupledResNet": DecoupledResNet,
+}
 """By the name that a card gives; all start from the weights of a plain one."""

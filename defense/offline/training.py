@@ -36,6 +36,8 @@ from defense.offline.progress import Progress, bar
 
 EVALUATION_BATCH = 500
 CALIBRATION_BINS = 15
+DECAYING = (nn.Conv2d, nn.Linear)
+"""Layers whose weights decay."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Objective(Protocol):
         ...
 
     def settle(self, network: nn.Module, epoch: int) -> None:
-        """Put weights back where they belong, after every step."""
+        """Put weights back where they belong, after every step; then those of the average."""
         ...
 
 
@@ -241,9 +243,11 @@ def new_run(network: nn.Module, settings: TrainingSettings) -> Run:
     """Return a run that has made no step yet; only convolution and linear weights decay."""
     network.to(memory_format=torch.channels_last)
     trained = [value for value in network.parameters() if value.requires_grad]
+    layers = (module for module in network.modules() if isinstance(module, DECAYING))
+    decaying = {module.weight for module in layers}
     groups: list[dict[str, Any]] = [
-        {"params": [value for value in trained if value.ndim > 1]},
-        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+        {"params": [value for value in trained if value in decaying]},
+        {"params": [value for value in trained if value not in decaying], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(
         groups,
@@ -276,6 +280,7 @@ def run_epoch(
             step(run, loss, rate)
             objective.settle(run.network, epoch)
             follow(run.average, run.network, settings.average_decay)
+            objective.settle(run.average, epoch)
             losses.append(loss.detach())
             progress.advance()
     mean = torch.stack(losses).mean().item()

@@ -10,6 +10,16 @@ from torch import Tensor, nn
 
 from defense.errors import ConfigError, nearest
 from defense.routers.activation import ActivationRecipe, ActivationRouter
+from defense.routers.class_gates import ClassGatesRecipe, ClassGatesRouter
+from defense.routers.contribution import ContributionRecipe, ContributionRouter
+from defense.routers.decoupled import DecoupledRecipe, DecoupledRouter
+from defense.routers.distillation import DistillationRecipe, DistillationRouter
+from defense.routers.effective import EffectiveRecipe, EffectiveRouter
+from defense.routers.effective_backward import (
+    EffectiveBackwardRecipe,
+    EffectiveBackwardRouter,
+)
+from defense.routers.generative import GenerativeRecipe, GenerativeRouter
 from defense.types import PathLayout, Routed, Site
 
 
@@ -86,6 +96,13 @@ class RouterKind:
 
 ROUTERS: dict[str, RouterKind] = {
     "activation": RouterKind(ActivationRecipe, ActivationRouter),
+    "class_gates": RouterKind(ClassGatesRecipe, ClassGatesRouter),
+    "decoupled": RouterKind(DecoupledRecipe, DecoupledRouter),
+    "generative": RouterKind(GenerativeRecipe, GenerativeRouter),
+    "distillation": RouterKind(DistillationRecipe, DistillationRouter),
+    "contribution": RouterKind(ContributionRecipe, ContributionRouter),
+    "effective": RouterKind(EffectiveRecipe, EffectiveRouter),
+    "effective_backward": RouterKind(EffectiveBackwardRecipe, EffectiveBackwardRouter),
 }
 
 

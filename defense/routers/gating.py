@@ -48,7 +48,8 @@ def gated(
         gate = by_site[site]
         if gate is None:
             return None
-        return output * (gate if gate.dim() == output.dim() else broadcast(gate, output, site))
+        shaped = gate if gate.dim() == output.dim() else broadcast(gate, output, site)
+        return output * shaped.to(output.dtype)
 
     with _hooked(model, sites, multiply):
         yield

@@ -16,6 +16,8 @@ from defense.offline.collect import route
 from defense.offline.fit import FitOptions, fit_router, make_recipe
 from defense.routers import ROUTERS, ForwardRouter, Router, router_named, serves
 from defense.state import join, split, to_device
+from tests.decoupled_net import decoupled_net
+from tests.effective_nets import decided_net
 from tests.served import hook_count, images_like_noise, seeded_net
 
 pytestmark = pytest.mark.parametrize("name", ROUTERS)
@@ -23,7 +25,10 @@ BATCH = images_like_noise(6, 1)
 
 
 EXAMPLES = images_like_noise(40, 2)
-BACKBONES: dict[str, Callable[[], nn.Module]] = {}
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "decoupled": decoupled_net,
+    "effective_backward": decided_net,
+}
 """A network of their own for routers that not every network can have."""
 
 

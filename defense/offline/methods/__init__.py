@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from defense.errors import ConfigError, nearest
-from defense.offline.networks import Architecture, CifarResNet
+from defense.offline.methods.class_gates import ClassGatesObjective
+from defense.offline.methods.decoupled import DecoupledObjective
+from defense.offline.methods.selective import SelectiveObjective
+from defense.offline.networks import Architecture, CifarResNet, ClassGatedResNet, DecoupledResNet
 from defense.offline.training import CrossEntropy, Objective, TrainingSettings
 
 
@@ -25,6 +28,24 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "plain": Method(CifarResNet, CrossEntropy(), TrainingSettings()),
+    "decoupled": Method(
+        DecoupledResNet,
+        DecoupledObjective(),
+        TrainingSettings(epochs=10, learning_rate=0.1, small_epochs=0),
+        needs_start=True,
+    ),
+    "class_gates": Method(
+        ClassGatedResNet,
+        ClassGatesObjective(),
+        TrainingSettings(epochs=9, learning_rate=0.05, small_epochs=0),
+        needs_start=True,
+    ),
+    "selective": Method(
+        CifarResNet,
+        SelectiveObjective(),
+        TrainingSettings(epochs=6, learning_rate=0.05, small_epochs=0),
+        needs_start=True,
+    ),
 }
 
 
