@@ -19,6 +19,7 @@ from defense.offline.fit import fit_router, label_rows, make_recipe
 from defense.offline.pixels import find_pixel_space
 from defense.offline.reading import read_paths
 from defense.offline.reading_page import write_page
+from defense.routers import Router
 from handlers.torchserve_inner import OpenArchive, open_archive
 
 
@@ -49,6 +50,7 @@ def draw_paths(question: PathQuestion, folder: Path, console: Console) -> Path:
 
 def _draw(question: PathQuestion, served: OpenArchive, folder: Path, console: Console) -> Path:
     images, seed = question.images, question.seed
+    router: Router
     with console.status("Reading images"):
         inputs = backbone_inputs(served, images.payloads(range(len(images))))
     if question.guard:

@@ -30,8 +30,8 @@ TEMPERATURE = 2.0
 """T of the quantiser: how sharply it tells the two levels apart in its gradient."""
 KERNEL = 2.0
 """sigma of the quantiser: how far the level that is not the nearest counts."""
-OPEN = 2.0
-"""What is added to every score before the sigmoid at the start: most channels begin open."""
+OPEN = 1.0
+"""Added to every score at the start: channels begin open unless they are weak for them in an image."""
 REACH = 10.0
 """Pooled activations count up to so many deviations: attacks push channels further than any image."""
 

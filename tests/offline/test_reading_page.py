@@ -226,7 +226,7 @@ def test_sites_that_fill_no_row_are_all_drawn(reading: Reading) -> None:
     )
     with Image.open(io.BytesIO(draw_site_similarity(deep, LIGHT))) as image:
         second_row = image.convert("L").crop((0, image.height // 2, image.width // 6, image.height))
-    assert second_row.getextrema()[0] < 200
+    assert min(second_row.tobytes()) < 200
 
 
 def test_many_classes_are_drawn_without_numbers_and_with_fewer_names(reading: Reading) -> None:

@@ -166,11 +166,11 @@ def test_what_adds_nothing_is_never_kept() -> None:
 
 
 def test_a_negative_output_rests_on_what_makes_it_negative() -> None:
-    model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False))
+    hidden, head = nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False)
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, -4.0, -1.0]]))
-        model[1].weight.copy_(torch.tensor([[-1.0], [1.0]]))
-    _, masks = walked(model, torch.ones(1, 3))
+        hidden.weight.copy_(torch.tensor([[1.0, -4.0, -1.0]]))
+        head.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+    _, masks = walked(nn.Sequential(hidden, head), torch.ones(1, 3))
     assert masks["input_1"].tolist() == [[False, True, False]]
 
 
