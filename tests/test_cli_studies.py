@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from defense.archive import read_archive
-from defense.offline import compare, costs
-from defense.offline.compare import Entry
+from defense.offline import comparison, costs
+from defense.offline.comparison.rows import Entry
 from tests.cli import Run, archive, digits, guard, run, tiny_card
 
 __all__ = ["archive", "digits", "guard", "run", "tiny_card"]  # fixtures that pytest finds here
@@ -81,7 +81,8 @@ def test_a_network_is_packed_and_the_next_step_is_named(
 def test_a_comparison_and_the_units_are_written_as_tables(
     run: Run, tiny_card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "ENTRIES", (Entry("activation", note="mean: the control"),))
+    monkeypatch.setattr(comparison, "ENTRIES", (Entry("activation", note="mean: the control"),))
+    monkeypatch.setattr(comparison, "PATHWAY_ROUTERS", ())
     monkeypatch.setattr(costs, "ROUNDS", 1)
     backbone = ("--data", tiny_card.parent / "data", "--backbone", f"plain={tiny_card}")
     code, _, said = run("compare", *backbone, "--images", 30)

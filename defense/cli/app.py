@@ -463,9 +463,10 @@ def compare(
 
     Example: `pathguard compare --data data/cifar10.zip --backbone plain=model_store/cifar10.json`
     """
-    from defense.offline.compare import Cache, steps_of
-    from defense.offline.compare import compare as measure
-    from defense.offline.compare_page import render
+    from defense.offline.comparison import compare as measure
+    from defense.offline.comparison import steps_of
+    from defense.offline.comparison.backbones import Cache
+    from defense.offline.comparison.page import render
     from defense.offline.progress import bar
 
     cards = _cards(backbone)
@@ -499,7 +500,7 @@ def units(
 
     Example: `pathguard units --data data/cifar10.zip --backbone plain=model_store/cifar10.json`
     """
-    from defense.offline.compare import measure_networks
+    from defense.offline.comparison.networks import measure_networks
     from defense.offline.units import unit_table
 
     with console.status("Attacking and measuring"):

@@ -42,29 +42,22 @@ def measure_cost(model: nn.Module, router: Router, inputs: Tensor) -> list[Cost]
 
 
 def _cost_at(model: nn.Module, router: Router, x: Tensor) -> Cost:
-    def bare() -> None:
-        with torch.inference_mode():
-            model(x)
-
-    bare()
     if serves(router):
         with GatedBackbone(model, router) as gated:
-
-            def with_path() -> None:
-                with torch.inference_mode():
-                    gated.run(x)
-
-            return _compare(bare, with_path, len(x))
+            return compare_calls(lambda: model(x), lambda: gated.run(x), len(x))
     offline = as_offline(router)
-    return _compare(bare, lambda: offline.route(model, x), len(x))
+    return compare_calls(lambda: model(x), lambda: offline.route(model, x), len(x))
 
 
-def _compare(bare: Callable[[], object], with_path: Callable[[], object], batch: int) -> Cost:
-    extra = peak_mib(with_path) - peak_mib(bare)
-    started = time.perf_counter()
-    pairs: list[tuple[float, float]] = []
-    while len(pairs) < ROUNDS and (not pairs or time.perf_counter() - started < SECONDS):
-        pairs.append((_milliseconds(bare), _milliseconds(with_path)))
+def compare_calls(bare: Callable[[], object], other: Callable[[], object], batch: int) -> Cost:
+    """Measure two passes over `batch` images, taking turns."""
+    with torch.inference_mode():
+        bare()
+        extra = peak_mib(other) - peak_mib(bare)
+        started = time.perf_counter()
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < ROUNDS and (not pairs or time.perf_counter() - started < SECONDS):
+            pairs.append((_milliseconds(bare), _milliseconds(other)))
     return Cost(
         batch=batch,
         bare_ms=statistics.median(a for a, _ in pairs) / batch,

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from defense.errors import ConfigError
-from defense.offline import compare, costs
+from defense.offline import comparison, costs
 from defense.offline.backbones import train_backbone
-from defense.offline.compare import Cache, Entry, detect, few, halves, judge, steps_of
-from defense.offline.compare_page import course, render
+from defense.offline.comparison import judges, networks, rows, steps_of
+from defense.offline.comparison.backbones import Cache, open_backbone
+from defense.offline.comparison.judges import detect, few, halves, judge
+from defense.offline.comparison.page import course, decoupling, render
+from defense.offline.comparison.rows import Entry
 from defense.offline.methods import METHODS
 from defense.offline.progress import Silent
+from defense.offline.training import read_split
 from defense.types import Routed
 from tests.coloured import SETTINGS, TINY, coloured_images, write_folder
 
@@ -43,9 +47,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = (Entry("activation", note="mean: the control"), Entry("contribution", slow=True))
-    monkeypatch.setattr(compare, "ENTRIES", entries)
-    monkeypatch.setattr(compare, "TREES", 5)
+    entries = (
+        Entry("activation", note="mean: the control"),
+        Entry("contribution", slow=True),
+        Entry("contribution", note="overlaps", class_paths=3),
+    )
+    monkeypatch.setattr(comparison, "ENTRIES", entries)
+    monkeypatch.setattr(comparison, "PATHWAY_ROUTERS", ("generative",))
+    monkeypatch.setattr(networks, "PATHWAY_IMAGES", 40)
+    monkeypatch.setattr(judges, "TREES", 5)
     monkeypatch.setattr(costs, "ROUNDS", 1)
     monkeypatch.setattr(costs, "BATCHES", (1, 4))
     steps: list[int] = []
@@ -55,7 +65,7 @@ def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
             steps.append(count)
 
     def run() -> dict[str, object]:
-        return compare.compare(
+        return comparison.compare(
             {"plain": study / "tiny.json"},
             study / "data",
             images=40,
@@ -67,24 +77,32 @@ def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
 
     result = run()
     assert sum(steps) == steps_of({"plain": study / "tiny.json"})
-    rows = result["rows"]
-    assert isinstance(rows, list)
-    assert [row["router"] for row in rows] == ["activation", "contribution", "sorted softmax"]
-    assert [row["images"] for row in rows] == [40, 20, 40]
-    assert all(len(row["auroc"]) == 5 for row in rows)
+    found = result["rows"]
+    assert isinstance(found, list)
+    assert [row["router"] for row in found] == [
+        "activation",
+        "contribution",
+        "contribution",
+        "sorted softmax",
+    ]
+    assert [row["images"] for row in found] == [40, 20, 40, 40]
+    assert all(len(row["auroc"]) == 5 for row in found)
     page = render(json.loads(json.dumps(result)))
     assert "| activation (mean: the control) | one |" in page
     assert "| contribution | more |" in page
+    assert "| generative | random channels |" in page
 
-    monkeypatch.setattr(compare, "route", lambda *_: pytest.fail("a path was taken again"))
+    monkeypatch.setattr(rows, "route", lambda *_: pytest.fail("a path was taken again"))
     again = run()["rows"]
     assert isinstance(again, list)
-    assert json.dumps([row["auroc"] for row in again]) == json.dumps([row["auroc"] for row in rows])
+    assert json.dumps([row["auroc"] for row in again]) == json.dumps(
+        [row["auroc"] for row in found]
+    )
 
 
 def test_the_comparison_needs_the_plain_network(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs the backbone 'plain'; name its card"):
-        compare.compare(
+        comparison.compare(
             {},
             tmp_path,
             images=1,
@@ -160,3 +178,30 @@ def test_a_course_shows_first_middle_and_last() -> None:
     assert course([0.1, 0.2, 0.3, 0.4]) == "0.10 → 0.30 → 0.40"
     assert course([0.5]) == "0.50"
     assert course([]) == "-"
+
+
+def test_what_decoupling_saves_is_measured_and_shown(study: Path, tmp_path: Path) -> None:
+    images = read_split(study / "data", "train")
+    train_backbone(
+        study / "data",
+        study / "decoupled.safetensors",
+        method=METHODS["decoupled"],
+        architecture=TINY,
+        settings=replace(SETTINGS, epochs=1, small_epochs=0),
+        checkpoint=study / "decoupled-checkpoint",
+        command="",
+        start=study / "tiny.json",
+    )
+    test = read_split(study / "data", "test")
+    plain, decoupled = (
+        open_backbone(
+            name, study / card, images, test, count=20, cache=Cache(tmp_path), progress=Silent()
+        )
+        for name, card in (("plain", "tiny.json"), ("decoupled", "decoupled.json"))
+    )
+    found = networks.measure_decoupling(plain, decoupled)
+    assert 0 < found["open_ratio"] <= 1
+    assert found["effective_multiply_adds"] > 0
+    assert len(found["controllers"]) == 6
+    assert not decoupled.network.skip_closed
+    assert "| skipping against masking, batch 1 |" in decoupling(found)

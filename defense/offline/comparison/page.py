@@ -48,6 +48,25 @@ label), only attacks that succeed, and probabilities instead of hard decisions.
 """
 
 
+PATHWAYS = """
+## What only the pathway answers
+
+The plain network with only an image's pathway left open (channels whose path is above 0). Rises:
+share of images whose confidence rises (mIC); falls: mean fall of the confidence (mDC, absolute /
+relative); overlap: of two images of a class (acIOU). Below it, images run under the pathway of their
+class, which was made of other images, and under two controls.
+
+"""
+
+DECOUPLING = """
+## What decoupling saves
+
+{open:.1%} of the controlled channels are open. Multiply-adds per image: {dense:.1f} M for all
+channels, {effective:.1f} M for the open ones and the controllers ({share:.0%}).
+
+"""
+
+
 def render(result: dict[str, Any]) -> str:
     """Return the comparison as Markdown."""
     networks = ", ".join(
@@ -63,7 +82,9 @@ def render(result: dict[str, Any]) -> str:
         command=result["command"],
     )
     rows = result["rows"]
-    return head + COST + costs(rows) + DETECTION + detection(rows) + FEW + few(rows)
+    page = head + COST + costs(rows) + DETECTION + detection(rows) + FEW + few(rows)
+    page += PATHWAYS + pathways(result["pathways"]) + "\n" + transfers(result["pathways"])
+    return page + (decoupling(result["decoupling"]) if result["decoupling"] else "")
 
 
 def costs(rows: Sequence[dict[str, Any]]) -> str:
@@ -135,6 +156,73 @@ def few(rows: Sequence[dict[str, Any]]) -> str:
         for row in named
     ]
     return table(["router", *(named[0]["few"] if named else [])], body)
+
+
+def pathways(found: Sequence[dict[str, Any]]) -> str:
+    """Return the table of faithfulness."""
+    body = [
+        [
+            one["router"],
+            str(one["images"]),
+            f"{one['closed']:.0%} ± {one['closed_deviation']:.0%}",
+            f"{one['agreement']:.1%}",
+            f"{one['increase']:.0%}",
+            f"{one['drop']:.3f} / {one['drop_relative']:.3f}",
+            f"{one['same_class_overlap']:.2f}",
+        ]
+        for one in found
+    ]
+    return table(["router", "images", "closed", "same answer", "rises", "falls", "overlap"], body)
+
+
+def transfers(found: Sequence[dict[str, Any]]) -> str:
+    """Return the table of class pathways on other images."""
+    body = [
+        [
+            one["router"],
+            kind,
+            f"{moved['accuracy']:.1%}",
+            f"{moved['increase']:.0%}",
+            f"{moved['drop']:.3f} / {moved['drop_relative']:.3f}",
+        ]
+        for one in found
+        for kind, moved in one["transfer"].items()
+    ]
+    return table(["router", "pathway of", "accuracy", "rises", "falls"], body)
+
+
+def decoupling(found: dict[str, Any]) -> str:
+    """Return what the controllers close and save."""
+    dense, effective = found["dense_multiply_adds"], found["effective_multiply_adds"]
+    head = DECOUPLING.format(
+        open=found["open_ratio"],
+        dense=dense / 1e6,
+        effective=effective / 1e6,
+        share=effective / dense,
+    )
+    controllers = [
+        [
+            name,
+            f"{one['open_ratio']:.0%}",
+            f"{one['variation']:.2f}",
+            f"{one['always_open']:.0%} / {one['always_closed']:.0%} / {one['dependent']:.0%}",
+        ]
+        for name, one in found["controllers"].items()
+    ]
+    one, many = found["against_plain"]
+    skipping = found["skipping_against_masking"]
+    times = [
+        ["decoupled against plain, batch 1", f"{one['ratio']:.2f}"],
+        ["decoupled against plain, batch 32", f"{many['ratio']:.2f}"],
+        ["skipping against masking, batch 1", f"{skipping['ratio']:.2f}"],
+    ]
+    fates = "always open / always closed / depends on the image"
+    return (
+        head
+        + table(["controller", "open", "variation", fates], controllers)
+        + "\n"
+        + table(["time", "ratio"], times)
+    )
 
 
 def called(row: dict[str, Any]) -> str:

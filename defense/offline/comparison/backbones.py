@@ -1,0 +1,138 @@
+"""Trained networks as a comparison takes them: with images that they get right, and those attacked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from defense.offline.attacks import Attack, make_attack
+from defense.offline.cards import load_network
+from defense.offline.networks import CifarResNet, Normalisation
+from defense.offline.progress import Progress
+from defense.offline.training import LabelledImages, write_tensors
+
+FIT_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class Assault:
+    """An attack under the name that the table gives it."""
+
+    label: str
+    attack: Attack
+
+
+def assaults() -> tuple[Assault, ...]:
+    """Return the attacks of the comparison."""
+    return (
+        Assault("FGSM 8/255", make_attack("fgsm", eps=8 / 255)),
+        Assault("PGD 8/255", make_attack("pgd", eps=8 / 255)),
+        Assault("PGD 2/255", make_attack("pgd", eps=2 / 255)),
+        Assault("CW", make_attack("cw", eps=8 / 255)),
+        Assault("CDRP", make_attack("cdrp", eps=8 / 255)),
+    )
+
+
+class OnPixels(nn.Module):
+    """A network that takes pixels in [0, 1], as attacks need it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, normalise: Normalisation) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(normalise.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(normalise.std).view(1, -1, 1, 1))
+        self.eval()
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Return what the network itself takes."""
+        return (pixels - self.mean) / self.std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits (N, K) of pixels (N, C, H, W)."""
+        return self.network(self.inputs(pixels))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A trained network of the comparison, and the images that it is judged with.
+
+    pixels: (N, C, H, W) in [0, 1], all answered rightly; labels: (N,). attacked: by label, the
+    same images attacked. fit: (M, C, H, W) network inputs made of other images, for what learns from
+    clean data; fit_labels: (M,).
+    """
+
+    name: str
+    digest: str
+    network: CifarResNet
+    on_pixels: OnPixels
+    pixels: Tensor
+    labels: Tensor
+    attacked: dict[str, Tensor]
+    fit: Tensor
+    fit_labels: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """(N, C, H, W) what the network itself takes for the clean images."""
+        return self.on_pixels.inputs(self.pixels)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What earlier runs have measured, by a name that says all that decides it."""
+
+    folder: Path
+
+    def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors kept as `name`, or make and keep them."""
+        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+        if not path.exists():
+            kept = {key: value.contiguous() for key, value in make().items()}
+            write_tensors(path, kept, {"name": name})
+        return load_file(path)
+
+
+def open_backbone(
+    name: str,
+    card: Path,
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    count: int,
+    cache: Cache,
+    progress: Progress,
+) -> Backbone:
+    """Load a network, pick `count` test images that it gets right, and attack them."""
+    network, normalise = load_network(card)
+    network.requires_grad_(False)
+    on_pixels = OnPixels(network, normalise)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    pixels, labels = test.pixels[order].float() / 255, test.labels[order]
+    with torch.inference_mode():
+        answers = torch.cat([on_pixels(x).argmax(1) for x in pixels.split(256)])
+    chosen = (answers == labels).nonzero().flatten()[:count]
+    pixels, labels = pixels[chosen], labels[chosen]
+    digest = json.loads(card.read_text())["sha256"]
+    attacked = {}
+    for assault in assaults():
+        key = f"{digest} {count} {assault.label} seed 0"
+        attacked[assault.label] = cache.tensors(
+            key,
+            lambda a=assault: {"x": a.attack.run(on_pixels, pixels, labels, seed=0)},  # type: ignore[misc]
+        )["x"]
+        progress.advance()
+    few = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:FIT_IMAGES]
+    fit = on_pixels.inputs(train.pixels[few].float() / 255)
+    return Backbone(
+        name, digest, network, on_pixels, pixels, labels, attacked, fit, train.labels[few]
+    )
