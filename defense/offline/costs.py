@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from defense.backbone import GatedBackbone
 from defense.offline.collect import as_offline
 from defense.routers import Router, serves
+from defense.sites import device_of
 
 BATCHES = (1, 32)
 ROUNDS = 7
@@ -38,6 +39,7 @@ class Cost:
 
 def measure_cost(model: nn.Module, router: Router, inputs: Tensor) -> list[Cost]:
     """Measure `router` on `inputs` (N, ...) at every batch size, the two passes taking turns."""
+    inputs = inputs[: max(BATCHES)].to(device_of(model))
     return [_cost_at(model, router, inputs[:batch].contiguous()) for batch in BATCHES]
 
 
@@ -74,12 +76,19 @@ def _milliseconds(call: Callable[[], object]) -> float:
     while len(found) < 3 and sum(found) < 500:
         start = time.perf_counter()
         call()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         found.append((time.perf_counter() - start) * 1000)
     return min(found)
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """Return the most that `call` held at once of torch's memory on the CPU, in MiB."""
+    """Return the most that `call` held at once of torch's memory, in MiB: the GPU's, or the CPU's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with (
         _without_stderr(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,

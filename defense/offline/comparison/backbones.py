@@ -46,7 +46,7 @@ class OnPixels(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, normalise: Normalisation) -> None:
+    def __init__(self, network: CifarResNet, normalise: Normalisation) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(normalise.mean).view(1, -1, 1, 1))
@@ -54,12 +54,25 @@ class OnPixels(nn.Module):
         self.eval()
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """Return what the network itself takes."""
-        return (pixels - self.mean) / self.std
+        """Return what the network itself takes, where the pixels are."""
+        return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits (N, K) of pixels (N, C, H, W)."""
         return self.network(self.inputs(pixels))  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def answers(self, pixels: Tensor) -> Tensor:
+        """Return the logits (N, K) of any number of pixels, on the CPU."""
+        device = self.mean.device
+        return torch.cat([self(x.to(device)).cpu() for x in pixels.split(256)])
+
+
+def open_network(card: Path) -> OnPixels:
+    """Load a frozen network, on the GPU where there is one."""
+    network, normalise = load_network(card)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return OnPixels(network.requires_grad_(False), normalise).to(device)
 
 
 @dataclass(frozen=True)
@@ -113,14 +126,10 @@ def open_backbone(
     progress: Progress,
 ) -> Backbone:
     """Load a network, pick `count` test images that it gets right, and attack them."""
-    network, normalise = load_network(card)
-    network.requires_grad_(False)
-    on_pixels = OnPixels(network, normalise)
+    on_pixels = open_network(card)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     pixels, labels = test.pixels[order].float() / 255, test.labels[order]
-    with torch.inference_mode():
-        answers = torch.cat([on_pixels(x).argmax(1) for x in pixels.split(256)])
-    chosen = (answers == labels).nonzero().flatten()[:count]
+    chosen = (on_pixels.answers(pixels).argmax(1) == labels).nonzero().flatten()[:count]
     pixels, labels = pixels[chosen], labels[chosen]
     digest = json.loads(card.read_text())["sha256"]
     attacked = {}
@@ -134,5 +143,5 @@ def open_backbone(
     few = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:FIT_IMAGES]
     fit = on_pixels.inputs(train.pixels[few].float() / 255)
     return Backbone(
-        name, digest, network, on_pixels, pixels, labels, attacked, fit, train.labels[few]
+        name, digest, on_pixels.network, on_pixels, pixels, labels, attacked, fit, train.labels[few]
     )

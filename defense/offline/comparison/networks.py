@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from defense.offline.attacks import make_attack
-from defense.offline.cards import load_network
 from defense.offline.collect import route
-from defense.offline.comparison.backbones import Backbone, OnPixels
+from defense.offline.comparison.backbones import Backbone, open_network
 from defense.offline.costs import compare_calls
 from defense.offline.fit import fit_router, make_recipe
 from defense.offline.methods.decoupled import flops, open_ratios
@@ -26,6 +25,7 @@ from defense.offline.pathways import (
 )
 from defense.offline.training import read_split
 from defense.offline.units import UnitReport, measure_units
+from defense.sites import device_of
 
 PATHWAY_IMAGES = 200
 PATHWAY_ROUTERS = ("generative", "distillation")
@@ -70,7 +70,7 @@ def measure_decoupling(plain: Backbone, decoupled: Backbone) -> dict[str, Any]:
     """Return what the controllers close, what that saves on paper, and what it saves in time."""
     network = decoupled.network
     assert isinstance(network, DecoupledResNet)
-    x = decoupled.inputs
+    x = decoupled.inputs.to(device_of(network))
     cost = flops(network, x)
     found = {name: asdict(value) for name, value in open_ratios(network, x).items()}
     return {
@@ -116,10 +116,10 @@ def measure_networks(
     attack = make_attack("pgd", eps=8 / 255)
     reports = []
     for name, card in cards.items():
-        network, normalise = load_network(card)
-        network.requires_grad_(False)
-        on_pixels = OnPixels(network, normalise)
+        on_pixels = open_network(card)
         attacked = on_pixels.inputs(attack.run(on_pixels, pixels, labels, seed=seed))
         clean = on_pixels.inputs(pixels)
-        reports.append(measure_units(name, network, clean, labels, attacked=attacked, seed=seed))
+        reports.append(
+            measure_units(name, on_pixels.network, clean, labels, attacked=attacked, seed=seed)
+        )
     return reports

@@ -146,11 +146,7 @@ def take_paths(
 def softmax_row(backbone: Backbone) -> Row:
     """Return the control that looks at no layer: the sorted softmax."""
     sets = {"clean": backbone.pixels} | backbone.attacked
-    with torch.inference_mode():
-        logits = {
-            label: torch.cat([backbone.on_pixels(x) for x in pixels.split(256)])
-            for label, pixels in sets.items()
-        }
+    logits = {label: backbone.on_pixels.answers(pixels) for label, pixels in sets.items()}
     runs = {
         label: Routed(z, z.softmax(1).sort(dim=1, descending=True).values)
         for label, z in logits.items()
