@@ -83,8 +83,12 @@ def fit(
     archive: Annotated[Path, typer.Option(help="The archive to guard, as it is served today.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder to write the guard to.")],
-    router: Annotated[str, typer.Option(help="How paths are taken: see the README.")] = "activation",
-    detector: Annotated[str, typer.Option(help="density, trajectory, overlap or supervised.")] = "density",
+    router: Annotated[
+        str, typer.Option(help="How paths are taken: see the README.")
+    ] = "activation",
+    detector: Annotated[
+        str, typer.Option(help="density, trajectory, overlap, supervised.")
+    ] = "density",
     statistics: Annotated[
         str | None,
         typer.Option(help="Channel statistics of 'activation': mean (default), max, deviation."),
