@@ -1,0 +1,190 @@
+"""Commands for networks and studies of them: train, pack, compare, units, bench."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from defense.cli.options import Seed, advise, console
+from defense.errors import ConfigError
+
+studies = typer.Typer()
+
+
+@studies.command()
+def train(
+    data: Annotated[
+        Path, typer.Option(help="Folder or zip that holds train/CLASS/* and test/CLASS/*.")
+    ],
+    out: Annotated[Path, typer.Option(help="Weights to write; their card lies beside them.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Written after every epoch; a run resumes from it.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="plain, or a published method: see the README.")
+    ] = "plain",
+    start: Annotated[
+        Path | None, typer.Option(help="Card of a trained network to go on from.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images; by default the method's.")
+    ] = None,
+    small_epochs: Annotated[
+        int | None, typer.Option(help="How many of them, the first ones, see images at 24x24.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 500,
+    seed: Seed = 0,
+) -> None:
+    """Train a small residual network on small images, as a backbone to guard.
+
+    bfloat16 on a CPU, or a GPU where there is one. Interrupt it as you like: the same command goes
+    on where it stopped, and ends with the same weights.
+
+    Example: `pathguard train --data data/cifar10.zip --out runs/cifar10.safetensors`
+    """
+    from defense.offline.backbones import train_backbone
+    from defense.offline.methods import method_named
+    from defense.offline.networks import Architecture
+
+    chosen = method_named(method)
+    asked = {"epochs": epochs, "small_epochs": small_epochs}
+    given = {name: value for name, value in asked.items() if value is not None}
+    settings = replace(chosen.settings, batch_size=batch_size, seed=seed, **given)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = train_backbone(
+        data.absolute(),
+        out,
+        method=chosen,
+        architecture=Architecture(classes=_count_classes(data)),
+        settings=settings,
+        checkpoint=checkpoint or out.with_suffix(".checkpoint"),
+        command="pathguard " + shlex.join(sys.argv[1:]),
+        start=start,
+    )
+    console.print(f"Accuracy on the test images: {result.accuracy:.2%}. Weights: {out}")
+
+
+@studies.command()
+def pack(
+    card: Annotated[Path, typer.Argument(help="The card of a network, beside its weights.")],
+    out: Annotated[Path, typer.Option(help="The archive to write (.mar).")],
+) -> None:
+    """Pack a network that 'pathguard train' made as an ordinary TorchServe archive.
+
+    Example: `pathguard pack model_store/cifar10.json --out model_store/cifar10.mar`
+    """
+    from defense.offline.archived import pack_network
+
+    pack_network(card, out)
+    console.print(f"Archive written to {out}.")
+    advise(f"pathguard fit --archive {out} --data images/ --out guard/")
+
+
+@studies.command()
+def compare(
+    data: Annotated[
+        Path, typer.Option(help="Folder or zip that holds train/CLASS/* and test/CLASS/*.")
+    ],
+    backbone: Annotated[
+        list[str],
+        typer.Option(help="NAME=CARD of a network; NAME is plain, decoupled or class_gates."),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Where the tables go.")] = Path(
+        "benchmarks"
+    ),
+    images: Annotated[int, typer.Option(help="Test images to attack.")] = 600,
+    slow_images: Annotated[int, typer.Option(help="How many of them slow routers see.")] = 200,
+    kept: Annotated[
+        Path, typer.Option(help="What was measured lies here; a run that was stopped goes on.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Compare all routing systems on the same images: cost, what their paths tell, detection.
+
+    Example: `pathguard compare --data data/cifar10.zip --backbone plain=model_store/cifar10.json`
+    """
+    from defense.offline.comparison import compare as measure
+    from defense.offline.comparison import steps_of
+    from defense.offline.comparison.backbones import Cache
+    from defense.offline.comparison.page import render
+    from defense.offline.progress import bar
+
+    cards = _cards(backbone)
+    with bar(console, "Comparing", steps_of(cards)) as progress:
+        result = measure(
+            cards,
+            data,
+            images=images,
+            slow_images=slow_images,
+            cache=Cache(kept),
+            progress=progress,
+            command="pathguard " + shlex.join(sys.argv[1:]),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "routers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "routers.md").write_text(render(result))
+    console.print(f"Tables written to {folder / 'routers.md'}.")
+
+
+@studies.command()
+def units(
+    data: Annotated[Path, typer.Option(help="Folder or zip that holds test/CLASS/*.")],
+    backbone: Annotated[list[str], typer.Option(help="NAME=CARD of a network, several times.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where the table goes.")] = Path(
+        "benchmarks"
+    ),
+    images: Annotated[int, typer.Option(help="Test images to look at.")] = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Measure what single units of networks tell: selectivity, information, consistency, influence.
+
+    Example: `pathguard units --data data/cifar10.zip --backbone plain=model_store/cifar10.json`
+    """
+    from defense.offline.comparison.networks import measure_networks
+    from defense.offline.units import unit_table
+
+    with console.status("Attacking and measuring"):
+        reports = measure_networks(_cards(backbone), data, images=images, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "pathguard " + shlex.join(sys.argv[1:])
+    (folder / "units.md").write_text(
+        f"# Units, network by network\n\n```sh\n{command}\n```\n\n{unit_table(reports)}\n"
+    )
+    console.print(f"Table written to {folder / 'units.md'}.")
+
+
+@studies.command()
+def bench(
+    rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
+    folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),
+) -> None:
+    """Measure what the guard costs: stock against guarded, alternating in one run.
+
+    Example: `pathguard bench --rounds 20 --out benchmarks`
+    """
+    from defense.cli.bench import run_bench
+
+    run_bench(folder, rounds=rounds, console=console)
+
+
+def _cards(backbones: list[str]) -> dict[str, Path]:
+    cards: dict[str, Path] = {}
+    for item in backbones:
+        name, equals, card = item.partition("=")
+        if not (name and equals and card):
+            raise ConfigError(
+                f"--backbone takes NAME=CARD, such as plain=cifar10.json, not '{item}'"
+            )
+        cards[name] = Path(card)
+    return cards
+
+
+def _count_classes(data: Path) -> int:
+    from defense.offline.data import read_images
+
+    return len(read_images(data / "train").class_names)
