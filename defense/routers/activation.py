@@ -5,15 +5,14 @@ The control that every routing system has to beat: what pooled activations alrea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from defense.errors import ConfigError, nearest
-from defense.sites import discover_sites
+from defense.routers.recipes import Observing, Unlearnt
 from defense.types import PathLayout, Site
 
 STATISTICS = ("mean", "max", "deviation")
@@ -54,28 +53,12 @@ class ActivationRouter:
 
 
 @dataclass(frozen=True)
-class ActivationRecipe:
+class ActivationRecipe(Observing, Unlearnt["ActivationRouter"]):
     """Hyper-parameters: which statistics of a channel stand in the path."""
-
-    examples: ClassVar[int] = 0
 
     statistics: tuple[str, ...] = ("mean",)
 
-    def sites(
-        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
-    ) -> tuple[Site, ...]:
-        """Observe activations and blocks."""
-        return discover_sites(model, example, names=names)
-
-    def fit(
-        self,
-        model: nn.Module,
-        sites: tuple[Site, ...],
-        inputs: Tensor,
-        *,
-        seed: int,
-        progress: Callable[[float], None],
-    ) -> ActivationRouter:
+    def router(self, sites: tuple[Site, ...]) -> ActivationRouter:
         """Nothing is learnt."""
         return ActivationRouter(PathLayout(sites, self.statistics))
 

@@ -9,7 +9,7 @@ steps; here they are 1/steps, 2/steps, ..., 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -18,17 +18,16 @@ from torch import Tensor, nn
 
 from defense.errors import ConfigError, SiteError, nearest
 from defense.routers.gating import channels_first, gated, observed
-from defense.sites import discover_sites, first_tensor
+from defense.routers.recipes import Observing, Unlearnt
+from defense.sites import first_tensor
 from defense.types import PathLayout, Routed, Site
 
 METHODS = ("mct", "integrated")
 
 
 @dataclass(frozen=True)
-class ContributionRecipe:
+class ContributionRecipe(Observing, Unlearnt["ContributionRouter"]):
     """Hyper-parameters: how neurons are scored and how many are kept; nothing is learnt."""
-
-    examples: ClassVar[int] = 0
 
     method: str = "mct"
     keep: float = 0.15
@@ -54,22 +53,8 @@ class ContributionRecipe:
                 f"its default is {ContributionRecipe.steps}"
             )
 
-    def sites(
-        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
-    ) -> tuple[Site, ...]:
-        """Score the outputs of activations and blocks; the authors score rectified units alone."""
-        return discover_sites(model, example, names=names)
-
-    def fit(
-        self,
-        model: nn.Module,
-        sites: tuple[Site, ...],
-        inputs: Tensor,
-        *,
-        seed: int,
-        progress: Callable[[float], None],
-    ) -> ContributionRouter:
-        """Nothing is learnt, and nothing is drawn by chance."""
+    def router(self, sites: tuple[Site, ...]) -> ContributionRouter:
+        """Nothing is learnt."""
         return ContributionRouter(PathLayout(sites, ("share",)), self)
 
 

@@ -7,13 +7,14 @@ module says that it decides by a true attribute `emits_path`: its class may come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from defense.errors import SiteError, nearest
+from defense.routers.recipes import Unlearnt
 from defense.sites import check_settled, trace
 from defense.types import PathLayout, Site
 
@@ -40,10 +41,8 @@ class DecoupledRouter:
 
 
 @dataclass(frozen=True)
-class DecoupledRecipe:
+class DecoupledRecipe(Unlearnt["DecoupledRouter"]):
     """Nothing to choose: the backbone's training decided."""
-
-    examples: ClassVar[int] = 0
 
     def sites(
         self, model: nn.Module, example: Tensor, names: Sequence[str] | None
@@ -69,15 +68,7 @@ class DecoupledRecipe:
             if call.name in chosen
         )
 
-    def fit(
-        self,
-        model: nn.Module,
-        sites: tuple[Site, ...],
-        inputs: Tensor,
-        *,
-        seed: int,
-        progress: Callable[[float], None],
-    ) -> DecoupledRouter:
+    def router(self, sites: tuple[Site, ...]) -> DecoupledRouter:
         """Nothing is learnt."""
         return DecoupledRouter(PathLayout(sites, STATISTICS))
 

@@ -13,7 +13,6 @@ the momentum that the first leaves behind gives the second away. Here every pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, cast
@@ -24,19 +23,22 @@ from torch.optim import SGD
 
 from defense.errors import ConfigError
 from defense.routers.gating import gated
-from defense.sites import discover_sites, first_tensor
+from defense.routers.recipes import Observing, Unlearnt
+from defense.sites import first_tensor
 from defense.types import PathLayout, Routed, Site
 
 
 @dataclass(frozen=True)
-class DistillationRecipe:
+class DistillationRecipe(Observing, Unlearnt["DistillationRouter"]):
     """Hyper-parameters of the search for gates; nothing is learnt beyond the sites.
+
+    The authors gate blocks alone where a network has them, and the input of the rectifier where it has
+    none. The same gates give the same answer there, but a gate that has reached 0 feels no gradient
+    any more; behind it, as here, it may open again.
 
     A gate that nothing depends on falls from 1 to exactly 0 in 29 steps of the defaults, so that the
     30th and last gates that are looked at are the first to tell such channels apart.
     """
-
-    examples: ClassVar[int] = 0
 
     iterations: int = 30
     """How many gates are looked at, from all ones on: one step fewer is taken."""
@@ -70,27 +72,8 @@ class DistillationRecipe:
                     f"{getattr(self, name)}; its default is {getattr(type(self), name)}"
                 )
 
-    def sites(
-        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
-    ) -> tuple[Site, ...]:
-        """Gate activations and blocks; the authors gate blocks alone where a network has them.
-
-        In plain networks they gate in front of the rectifier. The same gates give the same answer
-        there, but a gate that has reached 0 feels no gradient any more; behind it, as here, it may
-        open again.
-        """
-        return discover_sites(model, example, names=names)
-
-    def fit(
-        self,
-        model: nn.Module,
-        sites: tuple[Site, ...],
-        inputs: Tensor,
-        *,
-        seed: int,
-        progress: Callable[[float], None],
-    ) -> DistillationRouter:
-        """Nothing is learnt, and nothing is drawn by chance."""
+    def router(self, sites: tuple[Site, ...]) -> DistillationRouter:
+        """Nothing is learnt."""
         return DistillationRouter(PathLayout(sites, ("gate",)), self)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from defense.errors import ConfigError, SiteError
 from defense.routers.effective_backward import effective_neurons
 from defense.routers.gating import observed
-from defense.sites import discover_sites
+from defense.routers.recipes import Observing
 from defense.types import PathLayout, Site
 
 
@@ -58,7 +58,7 @@ class EffectiveRouter:
 
 
 @dataclass(frozen=True)
-class EffectiveRecipe:
+class EffectiveRecipe(Observing):
     """Hyper-parameters.
 
     theta: the share of a neuron's input that the backward path has to give, in [0, 1]. share: of the
@@ -74,12 +74,6 @@ class EffectiveRecipe:
         for name, value in (("theta", self.theta), ("share", self.share)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} of an effective path is {value}; give one from 0 to 1")
-
-    def sites(
-        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
-    ) -> tuple[Site, ...]:
-        """Observe activations and blocks."""
-        return discover_sites(model, example, names=names)
 
     def fit(
         self,

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from defense.errors import ConfigError, SiteError, nearest
 from defense.routers.cumulative import Map, average, cells, maxima, rests_on, windows
 from defense.routers.gating import channels_first
-from defense.sites import ACTIVATIONS, discover_sites
+from defense.routers.recipes import Observing
+from defense.sites import ACTIVATIONS
 from defense.types import PathLayout, Routed, Site
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -61,7 +62,7 @@ class EffectiveBackwardRouter:
 
 
 @dataclass(frozen=True)
-class EffectiveBackwardRecipe:
+class EffectiveBackwardRecipe(Observing):
     """Hyper-parameters: theta in [0, 1], the share of a neuron's input that its path has to give."""
 
     examples: ClassVar[int] = 0
@@ -71,12 +72,6 @@ class EffectiveBackwardRecipe:
     def __post_init__(self) -> None:
         if not 0 <= self.theta <= 1:
             raise ConfigError(f"theta of an effective path is {self.theta}; give one from 0 to 1")
-
-    def sites(
-        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
-    ) -> tuple[Site, ...]:
-        """Observe activations and blocks."""
-        return discover_sites(model, example, names=names)
 
     def fit(
         self,

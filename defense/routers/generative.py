@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from defense.errors import ConfigError, DataError
 from defense.routers.gating import channels_first, gated, observed
-from defense.sites import device_of, discover_sites, first_tensor
+from defense.routers.recipes import Observing
+from defense.sites import device_of, first_tensor
 from defense.types import PathLayout, Site
 
 TEMPERATURE = 2.0
@@ -161,7 +162,7 @@ class GenerativeRouter:
 
 
 @dataclass(frozen=True)
-class GenerativeRecipe:
+class GenerativeRecipe(Observing):
     """Hyper-parameters of the generator and of its training with Adam.
 
     The loss is KL(network || masked network) + alpha x cross-entropy of the code against the
@@ -186,12 +187,6 @@ class GenerativeRecipe:
         for name in ("alpha", "beta", "delta"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-
-    def sites(
-        self, model: nn.Module, example: Tensor, names: Sequence[str] | None
-    ) -> tuple[Site, ...]:
-        """Observe activations and blocks."""
-        return discover_sites(model, example, names=names)
 
     def fit(
         self,

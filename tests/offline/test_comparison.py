@@ -23,29 +23,14 @@ from defense.offline.methods import METHODS
 from defense.offline.progress import Silent
 from defense.offline.training import read_split
 from defense.types import Routed
-from tests.coloured import SETTINGS, TINY, coloured_images, write_folder
+from tests.cli import tiny_card
+from tests.coloured import SETTINGS, TINY
 
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny images and a network that knows them."""
-    folder = tmp_path_factory.mktemp("study")
-    for split, count in (("train", 120), ("test", 90)):
-        write_folder(folder / "data", split, coloured_images(count))
-    train_backbone(
-        folder / "data",
-        folder / "tiny.safetensors",
-        method=METHODS["plain"],
-        architecture=TINY,
-        settings=replace(SETTINGS, epochs=6, average_decay=0.5, small_epochs=0),
-        checkpoint=folder / "checkpoint",
-        command="",
-    )
-    return folder
+__all__ = ["tiny_card"]  # a fixture that pytest finds here
 
 
 def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = (
         Entry("activation", note="mean: the control"),
@@ -66,8 +51,8 @@ def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
 
     def run() -> dict[str, object]:
         return comparison.compare(
-            {"plain": study / "tiny.json"},
-            study / "data",
+            {"plain": tiny_card},
+            tiny_card.parent / "data",
             images=40,
             slow_images=20,
             cache=Cache(tmp_path / "kept"),
@@ -76,7 +61,7 @@ def test_a_study_measures_every_entry_and_goes_on_where_it_stopped(
         )
 
     result = run()
-    assert sum(steps) == steps_of({"plain": study / "tiny.json"})
+    assert sum(steps) == steps_of({"plain": tiny_card})
     found = result["rows"]
     assert isinstance(found, list)
     assert [row["router"] for row in found] == [
@@ -180,22 +165,29 @@ def test_a_course_shows_first_middle_and_last() -> None:
     assert course([]) == "-"
 
 
-def test_what_decoupling_saves_is_measured_and_shown(study: Path, tmp_path: Path) -> None:
-    images = read_split(study / "data", "train")
+def test_what_decoupling_saves_is_measured_and_shown(tiny_card: Path, tmp_path: Path) -> None:
+    folder = tiny_card.parent
+    images = read_split(folder / "data", "train")
     train_backbone(
-        study / "data",
-        study / "decoupled.safetensors",
+        folder / "data",
+        folder / "decoupled.safetensors",
         method=METHODS["decoupled"],
         architecture=TINY,
         settings=replace(SETTINGS, epochs=1, small_epochs=0),
-        checkpoint=study / "decoupled-checkpoint",
+        checkpoint=folder / "decoupled-checkpoint",
         command="",
-        start=study / "tiny.json",
+        start=tiny_card,
     )
-    test = read_split(study / "data", "test")
+    test = read_split(folder / "data", "test")
     plain, decoupled = (
         open_backbone(
-            name, study / card, images, test, count=20, cache=Cache(tmp_path), progress=Silent()
+            name,
+            tiny_card.parent / card,
+            images,
+            test,
+            count=20,
+            cache=Cache(tmp_path),
+            progress=Silent(),
         )
         for name, card in (("plain", "tiny.json"), ("decoupled", "decoupled.json"))
     )
