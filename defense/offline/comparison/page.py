@@ -149,7 +149,7 @@ def few(rows: Sequence[dict[str, Any]]) -> str:
         [
             called(row),
             *(
-                " / ".join(f"{mean(values):.3f}" for values in by_count.values())
+                " / ".join(marked(mean(values), math.inf) for values in by_count.values())
                 for by_count in row["few"].values()
             ),
         ]
