@@ -14,34 +14,18 @@ from defense.archive import read_archive
 from defense.errors import ArtifactError
 from defense.obstacles import archive_obstacles
 from defense.offline.archived import pack_network
-from defense.offline.backbones import train_backbone
 from defense.offline.cards import load_network
-from defense.offline.methods import METHODS
 from handlers.torchserve_inner import open_archive
-from tests.coloured import SETTINGS, TINY, coloured_images, write_folder
+from tests.cli import tiny_card
+from tests.coloured import coloured_images
 
-
-@pytest.fixture(scope="module")
-def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    for split, count in (("train", 33), ("test", 12)):
-        write_folder(folder / "data", split, coloured_images(count))
-    train_backbone(
-        folder / "data",
-        folder / "tiny.safetensors",
-        method=METHODS["plain"],
-        architecture=TINY,
-        settings=SETTINGS,
-        checkpoint=folder / "checkpoint",
-        command="",
-    )
-    return folder / "tiny.json"
+__all__ = ["tiny_card"]  # a fixture that pytest finds here
 
 
 def test_a_packed_network_answers_with_its_classes_and_probabilities(
-    card: Path, tmp_path: Path
+    tiny_card: Path, tmp_path: Path
 ) -> None:
-    pack_network(card, tmp_path / "tiny.mar")
+    pack_network(tiny_card, tmp_path / "tiny.mar")
     assert archive_obstacles(read_archive(tmp_path / "tiny.mar")) == []
     images = coloured_images(4)
     payloads = []
@@ -49,8 +33,8 @@ def test_a_packed_network_answers_with_its_classes_and_probabilities(
         buffer = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
         payloads.append(buffer.getvalue())
-    network, normalise = load_network(card)
-    names = json.loads(card.read_text())["classes"]
+    network, normalise = load_network(tiny_card)
+    names = json.loads(tiny_card.read_text())["classes"]
     with torch.inference_mode():
         expected = network(normalise(images.pixels)).softmax(1)
     with open_archive(tmp_path / "tiny.mar", tmp_path / "open") as served:
@@ -62,8 +46,8 @@ def test_a_packed_network_answers_with_its_classes_and_probabilities(
         assert max(answer.values()) == pytest.approx(float(row.max()), abs=1e-5)
 
 
-def test_a_grey_image_of_another_size_is_answered_as_well(card: Path, tmp_path: Path) -> None:
-    pack_network(card, tmp_path / "tiny.mar")
+def test_a_grey_image_of_another_size_is_answered_as_well(tiny_card: Path, tmp_path: Path) -> None:
+    pack_network(tiny_card, tmp_path / "tiny.mar")
     buffer = io.BytesIO()
     Image.new("L", (20, 30), 90).save(buffer, "PNG")
     with open_archive(tmp_path / "tiny.mar", tmp_path / "open") as served:
@@ -72,16 +56,16 @@ def test_a_grey_image_of_another_size_is_answered_as_well(card: Path, tmp_path: 
     assert len(answer) == 3
 
 
-def test_no_pickle_is_in_the_archive(card: Path, tmp_path: Path) -> None:
-    pack_network(card, tmp_path / "tiny.mar")
+def test_no_pickle_is_in_the_archive(tiny_card: Path, tmp_path: Path) -> None:
+    pack_network(tiny_card, tmp_path / "tiny.mar")
     with open_archive(tmp_path / "tiny.mar", tmp_path / "open"):
         files = {path.name for path in (tmp_path / "open").rglob("*") if path.is_file()}
     assert {"networks.py", "card.json", "weights.safetensors", "network_handler.py"} <= files
     assert not [name for name in files if name.endswith((".pt", ".pth", ".pkl"))]
 
 
-def test_a_card_without_weights_is_not_packed(card: Path, tmp_path: Path) -> None:
+def test_a_card_without_weights_is_not_packed(tiny_card: Path, tmp_path: Path) -> None:
     alone = tmp_path / "tiny.json"
-    alone.write_text(card.read_text())
+    alone.write_text(tiny_card.read_text())
     with pytest.raises(ArtifactError, match="and its weights cannot be read"):
         pack_network(alone, tmp_path / "tiny.mar")
