@@ -62,7 +62,7 @@ def test_the_gradient_of_the_quantiser_is_finite_and_opens_what_it_should() -> N
 
 
 def test_the_quantiser_is_that_of_the_formula() -> None:
-    """methods.md 3.3, term by term, with its gradient where the sharpness is held."""
+    """The published 1-bit form, term by term, with its gradient where the sharpness is held."""
     score = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     levels = torch.tensor([0.0, 1.0], dtype=torch.float64)
     closeness = (-(score - levels).abs()).exp()
