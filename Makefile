@@ -24,7 +24,7 @@ cifar10: $(STAMP)
 	$(VENV)/bin/pathguard wrap model_store/cifar10.mar --guard model_store/cifar10-guard \
 		--out model_store/cifar10-guarded.mar
 
-# Its guard, from the half of the test images that evaluations leave alone.
+# Its guard, from one half of the test images: evaluate it with --part 2/2.
 cifar10-guard: $(STAMP)
 	$(VENV)/bin/pathguard pack model_store/cifar10.json --out model_store/cifar10.mar
 	$(VENV)/bin/pathguard fit --archive model_store/cifar10.mar --data data/cifar10.zip/test \

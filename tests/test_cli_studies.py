@@ -10,17 +10,18 @@ import pytest
 from defense.archive import read_archive
 from defense.offline import comparison, costs
 from defense.offline.comparison.rows import Entry
+from defense.offline.demo.digits import DigitFolders
 from tests.cli import Run, archive, digits, guard, run, tiny_card
 
 __all__ = ["archive", "digits", "guard", "run", "tiny_card"]  # fixtures that pytest finds here
 
 
 def test_the_paths_of_a_guard_become_a_page(
-    run: Run, archive: Path, guard: Path, digits: object, tmp_path: Path
+    run: Run, archive: Path, guard: Path, digits: DigitFolders, tmp_path: Path
 ) -> None:
     code, _, said = run(
         *("inspect", guard, "--paths", tmp_path / "page", "--archive", archive),
-        *("--data", digits.test, "--limit", 120, "--attack", "fgsm", "--eps", 0.1),  # type: ignore[attr-defined]
+        *("--data", digits.test, "--limit", 120, "--attack", "fgsm", "--eps", 0.1),
     )
     assert code == 0, said
     page = (tmp_path / "page" / "index.html").read_text()
@@ -28,12 +29,23 @@ def test_the_paths_of_a_guard_become_a_page(
     assert "http" not in page.split("<body")[1].replace("http-equiv", "")
 
 
+def test_relative_paths_of_a_page_mean_what_they_say(
+    run: Run, archive: Path, guard: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    for name, target in (("guard", guard), ("digits.mar", archive), ("images", digits.test)):
+        (tmp_path / name).symlink_to(target)
+    words = ("--archive", "digits.mar", "--data", "images", "--limit", 60, "--attack", "fgsm")
+    code, _, said = run("inspect", "guard", "--paths", "page", *words)
+    assert code == 0, said
+    assert (tmp_path / "page" / "index.html").exists()
+
+
 def test_the_paths_of_a_router_for_studies_become_a_page_without_a_guard(
-    run: Run, archive: Path, digits: object, tmp_path: Path
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
 ) -> None:
     code, _, said = run(
         *("inspect", "--router", "contribution", "--paths", tmp_path / "page"),
-        *("--archive", archive, "--data", digits.test, "--limit", 60, "--eps", 0.1),  # type: ignore[attr-defined]
+        *("--archive", archive, "--data", digits.test, "--limit", 60, "--eps", 0.1),
     )
     assert code == 0, said
     assert "contribution" in (tmp_path / "page" / "index.html").read_text()
@@ -58,11 +70,11 @@ def test_what_is_missing_is_named(run: Run, words: tuple[str, ...], message: str
 
 
 def test_images_without_classes_have_no_paths_to_compare(
-    run: Run, archive: Path, digits: object, tmp_path: Path
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
 ) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
-    for path in sorted(digits.test.glob("*/*.png"))[:20]:  # type: ignore[attr-defined]
+    for path in sorted(digits.test.glob("*/*.png"))[:20]:
         shutil.copy(path, flat)
     code, _, said = run("inspect", "--paths", "page", "--archive", archive, "--data", flat)
     assert code == 1
@@ -94,8 +106,10 @@ def test_a_comparison_and_the_units_are_written_as_tables(
     assert "| plain |" in (tmp_path / "benchmarks/units.md").read_text()
 
 
-def test_a_part_of_the_images_is_taken_by_number(run: Run, archive: Path, digits: object) -> None:
-    common = ("fit", "--archive", archive, "--data", digits.fit, "--out", "guard")  # type: ignore[attr-defined]
+def test_a_part_of_the_images_is_taken_by_number(
+    run: Run, archive: Path, digits: DigitFolders
+) -> None:
+    common = ("fit", "--archive", archive, "--data", digits.fit, "--out", "guard")
     code, _, said = run(*common, "--part", "half")
     assert code == 1
     assert "--part takes a number of parts such as 1/2, not 'half'" in said

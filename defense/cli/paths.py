@@ -11,13 +11,13 @@ from rich.console import Console
 
 from defense.artifact import load_guard
 from defense.errors import DataError
-from defense.guard import check_backbone
+from defense.guard import Guard, check_backbone
 from defense.offline.attacks import make_attack
 from defense.offline.collect import backbone_inputs, route
 from defense.offline.data import ImageSet
 from defense.offline.fit import fit_router, label_rows, make_recipe
 from defense.offline.pixels import find_pixel_space
-from defense.offline.reading import read_paths
+from defense.offline.reading import Reading, read_paths
 from defense.offline.reading_page import write_page
 from defense.routers import Router
 from handlers.torchserve_inner import OpenArchive, open_archive
@@ -41,20 +41,24 @@ class PathQuestion:
 
 def draw_paths(question: PathQuestion, folder: Path, console: Console) -> Path:
     """Attack the images, read their paths and write the page into `folder`; return its file."""
+    # A handler that is opened offline finds itself in its own folder: files are read and written here.
+    guard = load_guard(question.guard) if question.guard else None
     with (
         tempfile.TemporaryDirectory() as scratch,
         open_archive(question.archive, Path(scratch)) as served,
     ):
-        return _draw(question, served, folder, console)
+        reading = _read(question, guard, served, console)
+    return write_page(reading, folder)
 
 
-def _draw(question: PathQuestion, served: OpenArchive, folder: Path, console: Console) -> Path:
+def _read(
+    question: PathQuestion, guard: Guard | None, served: OpenArchive, console: Console
+) -> Reading:
     images, seed = question.images, question.seed
     router: Router
     with console.status("Reading images"):
         inputs = backbone_inputs(served, images.payloads(range(len(images))))
-    if question.guard:
-        guard = load_guard(question.guard)
+    if guard:
         check_backbone(guard, served.backbone)
         router, shown = guard.router, torch.arange(len(inputs))
     else:
@@ -77,7 +81,7 @@ def _draw(question: PathQuestion, served: OpenArchive, folder: Path, console: Co
         attack = make_attack(question.attack, eps=question.eps)
         attacked = attack.run(space.model(served.backbone), pixels, labelling.labels, seed=seed)
     with console.status("Reading paths"):
-        reading = read_paths(
+        return read_paths(
             served.backbone,
             router,
             inputs,
@@ -87,4 +91,3 @@ def _draw(question: PathQuestion, served: OpenArchive, folder: Path, console: Co
             attacked=space.to_input(attacked),
             seed=seed,
         )
-    return write_page(reading, folder)

@@ -15,7 +15,7 @@ from defense.errors import ConfigError
 from defense.offline import comparison, costs
 from defense.offline.backbones import train_backbone
 from defense.offline.comparison import judges, networks, rows, steps_of
-from defense.offline.comparison.backbones import Cache, open_backbone
+from defense.offline.comparison.backbones import Cache, digest_of, open_backbone
 from defense.offline.comparison.judges import detect, few, halves, judge
 from defense.offline.comparison.page import course, decoupling, render
 from defense.offline.comparison.rows import Entry
@@ -96,6 +96,26 @@ def test_the_comparison_needs_the_plain_network(tmp_path: Path) -> None:
             progress=Silent(),
             command="",
         )
+
+
+def test_a_backbone_that_no_row_is_measured_on_is_refused_before_any_work(tmp_path: Path) -> None:
+    cards = {"plain": tmp_path / "a.json", "decopled": tmp_path / "b.json"}
+    with pytest.raises(ConfigError, match=r"on a backbone 'decopled'; did you mean 'decoupled'\?"):
+        comparison.compare(
+            cards,
+            tmp_path,
+            images=1,
+            slow_images=1,
+            cache=Cache(tmp_path),
+            progress=Silent(),
+            command="",
+        )
+
+
+def test_what_is_kept_is_kept_for_these_weights_and_images_alone(tiny_card: Path) -> None:
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    assert digest_of(tiny_card, zeros) == digest_of(tiny_card, zeros.clone())
+    assert digest_of(tiny_card, zeros) != digest_of(tiny_card, ones)
 
 
 def runs(count: int, gap: float) -> dict[str, Routed]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from defense.errors import ConfigError
+from defense.errors import ConfigError, nearest
 from defense.offline.comparison.backbones import Cache, assaults, open_backbone
 from defense.offline.comparison.judges import SEEDS
 from defense.offline.comparison.networks import (
@@ -47,6 +47,10 @@ def compare(
     """
     if "plain" not in cards:
         raise ConfigError("the comparison needs the backbone 'plain'; name its card")
+    known = {entry.backbone for entry in ENTRIES}
+    for name in cards:
+        if name not in known:
+            raise ConfigError(f"no router is compared on a backbone '{name}'{nearest(name, known)}")
     train, test = read_split(source, "train"), read_split(source, "test")
     rows: list[Row] = []
     networks = {}

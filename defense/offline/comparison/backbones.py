@@ -81,7 +81,7 @@ class Backbone:
 
     pixels: (N, C, H, W) in [0, 1], all answered rightly; labels: (N,). attacked: by label, the
     same images attacked. fit: (M, C, H, W) network inputs made of other images, for what learns from
-    clean data; fit_labels: (M,).
+    clean data; fit_labels: (M,). digest: names the weights and all these images.
     """
 
     name: str
@@ -131,17 +131,24 @@ def open_backbone(
     pixels, labels = test.pixels[order].float() / 255, test.labels[order]
     chosen = (on_pixels.answers(pixels).argmax(1) == labels).nonzero().flatten()[:count]
     pixels, labels = pixels[chosen], labels[chosen]
-    digest = json.loads(card.read_text())["sha256"]
+    few = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:FIT_IMAGES]
+    fit = on_pixels.inputs(train.pixels[few].float() / 255)
+    digest = digest_of(card, pixels, labels, fit)
     attacked = {}
     for assault in assaults():
-        key = f"{digest} {count} {assault.label} seed 0"
         attacked[assault.label] = cache.tensors(
-            key,
+            f"{digest} {assault.label} seed 0",
             lambda a=assault: {"x": a.attack.run(on_pixels, pixels, labels, seed=0)},  # type: ignore[misc]
         )["x"]
         progress.advance()
-    few = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:FIT_IMAGES]
-    fit = on_pixels.inputs(train.pixels[few].float() / 255)
     return Backbone(
         name, digest, on_pixels.network, on_pixels, pixels, labels, attacked, fit, train.labels[few]
     )
+
+
+def digest_of(card: Path, *images: Tensor) -> str:
+    """Return a name for a network's weights and the images that it is studied with."""
+    found = hashlib.sha256(json.loads(card.read_text())["sha256"].encode())
+    for tensor in images:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -31,10 +31,12 @@ class Entry:
     slow: bool = False
     class_paths: int = 0
     """Judge, in place of the path, its overlaps with class paths of so many images each."""
+    few: bool = False
+    """Judge it by the CDRP paper's protocol as well: fitted to a few images per class."""
 
 
 ENTRIES = (
-    Entry("activation", note="mean: the control"),
+    Entry("activation", note="mean: the control", few=True),
     Entry("activation", note="mean, max, deviation", statistics=("mean", "max", "deviation")),
     Entry("effective", note="FwAB"),
     Entry("effective", note="FwAB; overlaps with class paths", class_paths=50),
@@ -43,11 +45,11 @@ ENTRIES = (
         "effective_backward", note="backward; overlaps with class paths", slow=True, class_paths=20
     ),
     Entry("contribution", note="NeuronMCT"),
-    Entry("distillation", note="30 steps", slow=True),
+    Entry("distillation", note="30 steps", slow=True, few=True),
     Entry("generative"),
     Entry("class_gates", note="gates learnt on the frozen network"),
     Entry("class_gates", "class_gates", note="gates trained with the network"),
-    Entry("decoupled", "decoupled"),
+    Entry("decoupled", "decoupled", few=True),
 )
 
 
@@ -90,7 +92,7 @@ def measure_entry(entry: Entry, backbone: Backbone, *, slow_count: int, cache: C
     row.separability = dict(zip(names, layers, strict=True))
     row.costs = measure_cost(backbone.network, router, backbone.inputs)
     row.auroc = detect(runs)
-    if published_code(entry):
+    if entry.few:
         row.few = detect_with_few(runs, backbone.labels[:count])
     return row
 
@@ -119,11 +121,6 @@ def overlaps(
 def of_each_class(labels: Tensor, count: int) -> Tensor:
     """Return the rows of the first `count` images of every class."""
     return torch.cat([(labels == label).nonzero().flatten()[:count] for label in labels.unique()])
-
-
-def published_code(entry: Entry) -> bool:
-    """Say whether the entry is one of those whose papers fit to 1, 5 and 10 images per class."""
-    return entry.router in ("distillation", "decoupled") or entry.note.startswith("mean:")
 
 
 def take_paths(
