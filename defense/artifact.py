@@ -22,10 +22,12 @@ from defense.calibration import Calibration
 from defense.detectors import detector_named
 from defense.errors import ArtifactError, PathGuardError
 from defense.guard import Guard, InputSpec
+from defense.looks import Echo
 from defense.routers import check_serves, router_named
 from defense.state import Tensors, join, split
+from defense.witness import Witness
 
-SCHEMA = 1
+SCHEMA = 2
 JSON_NAME = "guard.json"
 TENSORS_NAME = "tensors.safetensors"
 MAX_JSON_BYTES = 64_000_000
@@ -37,7 +39,9 @@ def save_guard(guard: Guard, folder: Path) -> None:
     parts = {
         "router": guard.router,
         "detector": guard.detector,
-        "calibration": guard.calibration,
+        **{f"calibrations.{look}": ranks for look, ranks in guard.calibrations.items()},
+        "witness": guard.witness,
+        "echo": guard.echo,
     }
     described: dict[str, Any] = {}
     tensors: Tensors = {}
@@ -50,7 +54,9 @@ def save_guard(guard: Guard, folder: Path) -> None:
         "fingerprint": guard.fingerprint,
         "router": {"name": guard.router.name, "fitted": described["router"]},
         "detector": {"name": guard.detector.name, "fitted": described["detector"]},
-        "calibration": described["calibration"],
+        "calibrations": {look: described[f"calibrations.{look}"] for look in guard.calibrations},
+        "witness": described["witness"],
+        "echo": described["echo"],
         "class_names": list(guard.class_names),
         "inputs": {"shape": list(guard.inputs.shape), "dtype": guard.inputs.dtype},
         "facts": guard.facts,
@@ -64,7 +70,7 @@ def save_guard(guard: Guard, folder: Path) -> None:
 
 def load_guard(folder: Path) -> Guard:
     """Read a guard; ArtifactError says in one sentence what is wrong with it."""
-    document = _read_json(folder)
+    document = _upgraded(_read_json(folder))
     if document.get("schema") != SCHEMA:
         raise ArtifactError(
             f"the guard in {folder} has schema {document.get('schema')!r}; this version reads "
@@ -87,17 +93,30 @@ def load_guard(folder: Path) -> Guard:
             detector=join(
                 detector_named(detector_row["name"]).fitted, detector_row["fitted"], tensors
             ),
-            calibration=join(Calibration, document["calibration"], tensors),
+            calibrations={
+                str(look): join(Calibration, described, tensors)
+                for look, described in document["calibrations"].items()
+            },
             class_names=tuple(str(name) for name in document["class_names"]),
             inputs=InputSpec(tuple(int(n) for n in inputs["shape"]), str(inputs["dtype"])),
             facts=dict(document["facts"]),
+            witness=join(Witness | None, document["witness"], tensors),
+            echo=join(Echo | None, document["echo"], tensors),
         )
     except PathGuardError:
         raise
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ArtifactError(
             f"the guard in {folder} is damaged ({type(error).__name__}: {error}); fit it again"
         ) from error
+
+
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a description of schema 1, which knew the path alone, as one of schema 2."""
+    if document.get("schema") != 1 or "calibration" not in document:
+        return document
+    path = {"path": document["calibration"]}
+    return {**document, "schema": 2, "calibrations": path, "witness": None, "echo": None}
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,22 @@ class Calibration:
             predicted=predicted,
         )
 
+    def again(self, second: Calibration, below_p: float) -> Calibration:
+        """Return what ranks the second look of requests whose first p-value is at most `below_p`.
+
+        second: of the same images in the same order. An image that is not doubtful itself ranks
+        below every doubtful one, so the order is one of both looks (doubtful first, then by the
+        second score) and the promise holds for the p-values of all requests together: those of the
+        second look where the first is doubtful, those of the first look elsewhere.
+        """
+        if not torch.equal(self.predicted, second.predicted):
+            raise CalibrationError(
+                "the looks of a guard are calibrated on different images; fit it again"
+            )
+        doubtful = self.rank(self.score, self.predicted).p_value <= below_p
+        lowest = torch.finfo(torch.float64).min
+        return Calibration(second.score.double().where(doubtful, lowest), second.predicted)
+
     def check_target(self, target_fpr: float, *, label: int | None = None) -> None:
         """Raise CalibrationError where `target_fpr` is a promise that n scores cannot keep."""
         count = self.count if label is None else self.class_count(label)

@@ -59,9 +59,9 @@ class TierRule(Rule):
 
 
 class SecondLook(Strict):
-    """When extra forward passes may be spent on a doubtful request, and for how long."""
+    """When extra forward passes may be spent on a doubtful request, and for how long in a batch."""
 
-    below_p: Rate = 0.2
+    below_p: Rate = 0.04
     budget_ms: Annotated[float, Field(ge=0, le=10_000)] = 20
 
 
@@ -102,9 +102,15 @@ class ModelSettings(Strict):
     expose_score: bool = Field(
         default=False, description="send p-value and score to clients; an attacker would thank you"
     )
+    witness: Annotated[Literal["always", "second_look", "off"], BeforeValidator(_off)] = Field(
+        default="always",
+        description="when the guard's witness is asked, where it has one: about every request, about "
+        "doubtful ones, or never",
+    )
     second_look: SecondLook = Field(
         default=SecondLook(),
-        description="when a guard that carries a second look may spend extra passes; none here does yet",
+        description="where a guard has a second look: the first p-value up to which a request gets "
+        "it, and what it may take per batch",
     )
     optimize: bool = Field(
         default=False,

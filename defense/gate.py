@@ -16,11 +16,12 @@ from torch import Tensor
 from defense.backbone import Recording
 from defense.config import ModelSettings
 from defense.errors import GuardFailure
-from defense.guard import AttachedGuard, Guard
-from defense.metrics import ModelMetrics
+from defense.guard import AttachedGuard, Guard, inputs_of
+from defense.looks import Plan
+from defense.metrics import SECOND_LOOKS, ModelMetrics
 from defense.payload import InvalidReason, diagnose, over_limits
 from defense.policy import Policy, make_policy, target_fpr
-from defense.types import Routed, Scored, Verdict
+from defense.types import Routed, Scored, Verdict, carries
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +48,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Rules:
-    """Settings and the policy made of them: exchanged as one, so no batch sees half an edit."""
+    """Settings, and what is made of them: exchanged as one, so no batch sees half an edit."""
 
     settings: ModelSettings
     policy: Policy
+    plan: Plan
 
 
 def make_rules(settings: ModelSettings, guard: Guard) -> Rules:
     """Check `settings` against what `guard` can promise; PathGuardError says what it cannot."""
-    return Rules(settings, make_policy(settings, guard.calibration, guard.class_names))
+    plan = guard.plan(settings)
+    return Rules(settings, make_policy(settings, plan.calibration, guard.class_names), plan)
 
 
 class Gate:
@@ -72,11 +75,10 @@ class Gate:
 
     def apply(self, settings: ModelSettings) -> None:
         """Exchange the rules between two batches; an error leaves the old ones in force."""
-        guard = self._attached.guard
-        rules = make_rules(settings, guard)
+        rules = make_rules(settings, self._attached.guard)
         self._rules = rules
         for tier in ("flag", "reject"):
-            rate = target_fpr(getattr(rules.policy, tier), guard.calibration)
+            rate = target_fpr(getattr(rules.policy, tier), rules.plan.calibration)
             self._metrics.target_fpr(tier, rate)
         self._metrics.mode(settings.mode)
 
@@ -174,8 +176,10 @@ class _Batch:
 
     def _judge(self, recording: Recording, count: int) -> list[Outcome]:
         """Return verdicts for `count` requests from the one run in `recording`."""
+        inputs = inputs_of(recording, count)
+        witness = self._witness(inputs)
         with self.metrics.timed("score"):
-            routed = self.attached.backbone.routed(recording)
+            routed = replace(self.attached.backbone.routed(recording), witness=witness)
             if len(routed) != count:
                 raise GuardFailure(
                     "rows", f"the backbone ran {len(routed)} rows for {count} requests"
@@ -183,14 +187,27 @@ class _Batch:
             if self._wrong_shape(recording.runs[0].inputs):
                 return [Outcome(invalid=InvalidReason.WRONG_SHAPE)] * count
             finite = (routed.path.isfinite().all(1) & routed.logits.isfinite().all(1)).cpu()
-            usable = routed if bool(finite.all()) else routed.take(finite.to(routed.path.device))
-            scored = self._scored(usable)
+            if not bool(finite.all()):
+                rows = finite.to(routed.path.device)
+                routed, inputs = routed.take(rows), None if inputs is None else inputs[rows]
+            scored = self._scored(routed)
+        if inputs is not None:
+            scored = self._looked_again(scored, routed, inputs)
         with self.metrics.timed("decide"):
             verdicts = iter([outcome for part in scored for outcome in self._verdicts(part)])
         return [
             next(verdicts) if good else Outcome(invalid=InvalidReason.NOT_FINITE)
             for good in finite.tolist()
         ]
+
+    def _witness(self, inputs: Tensor | None) -> Tensor | None:
+        """Ask the witness about inputs (N, ...), where the first look shows it."""
+        if not carries(self.rules.plan.first, "witness") or inputs is None:
+            return None
+        if self._wrong_shape(inputs):
+            return None
+        with self.metrics.timed("witness"):
+            return self.attached.guard.extras.ask_witness(inputs)
 
     def _scored(self, routed: Routed) -> list[Scored | GuardFailure]:
         """Score rows together; where the guard fails on them, one by one, so that it fails alone."""
@@ -201,6 +218,29 @@ class _Batch:
                 return [error]
             rows = torch.arange(len(routed), device=routed.path.device).split(1)
             return [part for row in rows for part in self._scored(routed.take(row))]
+
+    def _looked_again(
+        self, parts: list[Scored | GuardFailure], routed: Routed, inputs: Tensor
+    ) -> list[Scored | GuardFailure]:
+        """Give the doubtful rows of a batch their second look; rows that failed the first get none."""
+        plan = self.rules.plan
+        good = [part for part in parts if isinstance(part, Scored)]
+        if plan.second is None or not good:
+            return parts
+        first = Scored.concat(good)
+        if len(plan.doubtful(first)) == 0:
+            return parts
+        if len(first) < len(routed):  # then the parts are single rows
+            rows = torch.tensor([isinstance(part, Scored) for part in parts], device=inputs.device)
+            routed, inputs = routed.take(rows), inputs[rows]
+        with self.metrics.timed("second_look"):
+            looked = self.attached.look_again(first, routed, inputs, plan)
+        for result in SECOND_LOOKS:
+            self.metrics.second_looks(result, getattr(looked, result))
+        again = iter(torch.arange(len(first)).split([len(part) for part in good]))
+        return [
+            looked.scored.take(next(again)) if isinstance(part, Scored) else part for part in parts
+        ]
 
     def _failed(self, error: GuardFailure, count: int) -> list[Outcome]:
         logger.error("guard failed at stage %s: %s", error.stage, error)

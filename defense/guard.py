@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,11 +18,15 @@ from defense.config import ModelSettings
 from defense.detectors import Detector
 from defense.errors import ArtifactError, GuardFailure
 from defense.fingerprint import fingerprint
+from defense.looks import Echo, Extras, Pace, Plan, make_plan
 from defense.policy import Policy, make_policy
 from defense.routers import ForwardRouter
 from defense.sites import check_settled, device_of
 from defense.state import to_device
-from defense.types import Routed, Scored, Verdict
+from defense.types import LOOKS, Routed, Scored, Verdict, carries
+from defense.witness import Witness
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,88 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Guard:
-    """The fitted artefact: bound to one backbone by its fingerprint."""
+    """The fitted artefact: bound to one backbone by its fingerprint.
+
+    calibrations: by look, of the same images in the same order; one for every look that the detector
+    can score and that this guard can take.
+    """
 
     fingerprint: str
     router: ForwardRouter
     detector: Detector
-    calibration: Calibration
+    calibrations: Mapping[str, Calibration]
     class_names: tuple[str, ...]
     inputs: InputSpec
     facts: dict[str, Any]
     """Provenance for people: counts, seed, command, versions, report card. Never read to decide."""
+    witness: Witness | None = None
+    echo: Echo | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [look for look in self.calibrations if look not in LOOKS]
+        if unknown or not self.calibrations:
+            raise ArtifactError(
+                f"the guard is calibrated for the looks {list(self.calibrations)}; expected one or "
+                f"more of {', '.join(LOOKS)}: fit it again"
+            )
+        for part, found in (("witness", self.witness), ("echoes", self.echo)):
+            if found is None and any(carries(look, part) for look in self.calibrations):
+                raise ArtifactError(
+                    f"the guard is calibrated with {part} and has none; fit it again"
+                )
+        if self.witness is not None and self.witness.classes != len(self.class_names):
+            raise ArtifactError(
+                f"the witness tells {self.witness.classes} classes apart and the guard "
+                f"{len(self.class_names)}; fit it again with a witness for these classes"
+            )
+
+    @property
+    def extras(self) -> Extras:
+        """What the guard can look at beside the path."""
+        return Extras(self.witness, self.echo)
+
+    @property
+    def calibration(self) -> Calibration:
+        """That of the first look under default settings."""
+        return self.plan(ModelSettings()).calibration
+
+    def plan(self, settings: ModelSettings) -> Plan:
+        """Return the looks that this guard takes under `settings`; ConfigError where there is none."""
+        return make_plan(settings, self.calibrations, self.extras)
 
     @torch.inference_mode()
     def score(self, routed: Routed) -> Scored:
-        """Score a run, each row by itself; GuardFailure where the detector fails or gives no number."""
+        """Score a run, each row by itself, by all that it carries and that the guard can rank.
+
+        GuardFailure where the detector fails or gives no number.
+        """
+        known = [look for look in LOOKS if look in self.calibrations and routed.shows(look)]
+        if not known:
+            raise GuardFailure(
+                "score", f"the runs carry '{routed.look}' and the guard is not calibrated for that"
+            )
+        score = self.raw_score(routed.at(known[-1]))
+        if not bool(torch.isfinite(score).all()):
+            raise GuardFailure("score", "the detector gave a score that is no finite number")
+        return self.calibrations[known[-1]].rank(score, routed.predicted)
+
+    @torch.inference_mode()
+    def judge(self, routed: Routed, settings: ModelSettings | None = None) -> Looked:
+        """Judge runs that carry all looks as `attach` would under `settings`, had it all the time.
+
+        GuardFailure where the runs lack a part of a look, or the detector fails.
+        """
+        plan = self.plan(settings or ModelSettings())
+        first = self.score(routed.at(plan.first))
+        rows = plan.doubtful(first)
+        if plan.second is None or len(rows) == 0:
+            return Looked(first)
+        score = self.raw_score(routed.take(rows).at(plan.second))
+        failed = int((~score.isfinite()).sum())
+        return Looked(plan.combined(first, rows, score), len(rows) - failed, failed=failed)
+
+    def raw_score(self, routed: Routed) -> Tensor:
+        """Return the detector's scores (N,) on the CPU, as they are."""
         try:
             score = self.detector.score(routed).cpu()
         except Exception as error:
@@ -74,9 +148,7 @@ class Guard:
                 "score",
                 f"the detector gave scores of shape {tuple(score.shape)} for {len(routed)} requests",
             )
-        if not bool(torch.isfinite(score).all()):
-            raise GuardFailure("score", "the detector gave a score that is no finite number")
-        return self.calibration.rank(score, routed.predicted)
+        return score
 
     def attach(self, model: nn.Module, settings: ModelSettings | None = None) -> AttachedGuard:
         """Hook this guard to the backbone that it was fitted for, on that backbone's device.
@@ -84,6 +156,19 @@ class Guard:
         Raises ArtifactError for any other backbone, and where a trial run gives another path.
         """
         return AttachedGuard(self, model, settings or ModelSettings())
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Scores after the second look, and how many doubtful rows got it, were left out, or failed it.
+
+    The scores are those of the first look; p-values of rows that were looked at again are of both.
+    """
+
+    scored: Scored
+    taken: int = 0
+    out_of_time: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +186,9 @@ class AttachedGuard:
     def __init__(self, guard: Guard, model: nn.Module, settings: ModelSettings) -> None:
         check_backbone(guard, model)
         check_settled(model)
-        self.policy: Policy = make_policy(settings, guard.calibration, guard.class_names)
+        self.plan = guard.plan(settings)
+        self.policy: Policy = make_policy(settings, self.plan.calibration, guard.class_names)
+        self.pace = Pace()
         self.device = device_of(model)
         self.guard = dataclasses.replace(
             guard,
@@ -134,7 +221,10 @@ class AttachedGuard:
         self.backbone.close()
 
     def __call__(self, inputs: Tensor) -> Guarded:
-        """Run a batch (N, ...) once: its logits, and what the guard says of every row."""
+        """Run a batch (N, ...) once, and doubtful rows again where the guard has a second look.
+
+        Return its logits, and what the guard says of every row.
+        """
         with self.backbone.record() as recording:
             self.backbone.model(inputs)
         scored = self.score(recording)
@@ -144,18 +234,80 @@ class AttachedGuard:
 
     def score(self, recording: Recording) -> Scored:
         """Score the one forward pass in `recording`; GuardFailure says at which stage it failed."""
-        return self.guard.score(self.backbone.routed(recording))
+        routed = self.backbone.routed(recording)
+        inputs = inputs_of(recording, len(routed))
+        if inputs is None:
+            return self.guard.score(routed)
+        shown = self.show(self.plan.first, routed, inputs)
+        return self.look_again(self.guard.score(shown), shown, inputs, self.plan).scored
+
+    def show(self, look: str, routed: Routed, inputs: Tensor) -> Routed:
+        """Return runs of backbone inputs (N, ...) as `look` shows them, or raise GuardFailure."""
+        return self.guard.extras.show(look, routed, self.backbone.model, inputs)
+
+    def look_again(self, first: Scored, routed: Routed, inputs: Tensor, plan: Plan) -> Looked:
+        """Give the doubtful rows of a scored batch their second look, as many as the budget allows.
+
+        routed, inputs: of the same rows. Who is left out, or fails, keeps the first p-value. The
+        promise of combined p-values is that of requests which all get the look that they deserve;
+        where time runs out a rate may be exceeded, by its double at most.
+        """
+        doubtful = plan.doubtful(first)
+        if plan.second is None or len(doubtful) == 0:
+            return Looked(first)
+        rows = doubtful[: self.pace.fitting(plan.budget)]
+        left = len(doubtful) - len(rows)
+        if len(rows) == 0:
+            return Looked(first, out_of_time=left)
+        there = rows.to(routed.path.device)
+        with self.pace.measured(len(rows)):
+            score = self._second_score(plan.second, routed.take(there), inputs[there])
+        failed = int((~score.isfinite()).sum())
+        if failed:
+            logger.warning("%d second looks failed; their requests keep the first p-value", failed)
+        return Looked(plan.combined(first, rows, score), len(rows) - failed, left, failed)
+
+    @torch.inference_mode()
+    def _second_score(self, look: str, routed: Routed, inputs: Tensor) -> Tensor:
+        """Return scores (N,); NaN for rows that fail, which are tried alone so that they fail alone."""
+        try:
+            return self.guard.raw_score(self.show(look, routed, inputs))
+        except GuardFailure as error:
+            if len(routed) == 1:
+                logger.warning("a second look failed in the stage %s: %s", error.stage, error)
+                return torch.full((1,), torch.nan)
+            rows = torch.arange(len(routed), device=inputs.device).split(1)
+            return torch.cat(
+                [self._second_score(look, routed.take(row), inputs[row]) for row in rows]
+            )
 
     def _trial(self) -> None:
-        """Run zeros through: silently empty paths would look like "no attacks"."""
+        """Take every look at zeros: silently empty paths would look like "no attacks".
+
+        Twice, because the second time tells how long a second look takes.
+        """
+        inputs = self.guard.inputs.example().to(self.device)
         try:
             with torch.inference_mode(), self.backbone.record() as recording:
-                self.backbone.model(self.guard.inputs.example().to(self.device))
-            self.score(recording)
+                self.backbone.model(inputs)
+            routed = self.backbone.routed(recording)
+            for look in 2 * [look for look in LOOKS if look in self.guard.calibrations]:
+                with self.pace.measured(1):
+                    self.guard.score(self.show(look, routed, inputs))
         except GuardFailure as error:
             raise ArtifactError(
                 f"the guard does not fit the backbone it was fitted for: {error}; fit it again"
             ) from error
+
+
+def inputs_of(recording: Recording, count: int) -> Tensor | None:
+    """Return the inputs (count, ...) of the one run in `recording`; None where they are not had.
+
+    A backbone may be called by keyword, or with several rows for a request; such inputs get the
+    looks that the path alone allows.
+    """
+    inputs = recording.runs[0].inputs if len(recording.runs) == 1 else None
+    return inputs if inputs is not None and len(inputs) == count else None
 
 
 def check_backbone(guard: Guard, model: nn.Module) -> None:

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from defense.payload import InvalidReason
 from defense.types import Verdict
 
-STAGES = ("check", "score", "decide")
-FAILURES = ("capture", "rows", "score", "exporter", "handler")
+STAGES = ("check", "witness", "score", "second_look", "decide")
+FAILURES = ("capture", "rows", "witness", "score", "exporter", "handler")
+SECOND_LOOKS = ("taken", "out_of_time", "failed")
 PASSED = ("explain", "describe")
 MODES = ("off", "shadow", "flag", "enforce")
 P_BUCKETS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.5, 1.0)
@@ -44,6 +45,7 @@ class Instruments:
     errors: Counter
     invalid: Counter
     passed: Counter
+    second_looks: Counter
     target_fpr: Gauge
     info: Gauge
     mode: Gauge
@@ -85,6 +87,11 @@ def make_instruments(registry: CollectorRegistry) -> Instruments:
         passed=counter(
             "passed", "Requests that pass unscored: they ask for no prediction.", ("model", "kind")
         ),
+        second_looks=counter(
+            "second_looks",
+            "Doubtful requests, by what became of their second look.",
+            ("model", "result"),
+        ),
         target_fpr=gauge(
             "target_fpr", "Share of clean requests that a tier may hit.", ("model", "tier")
         ),
@@ -122,6 +129,9 @@ class ModelMetrics:
         }
         self._errors = {stage: instruments.errors.labels(model, stage) for stage in FAILURES}
         self._passed = {kind: instruments.passed.labels(model, kind) for kind in PASSED}
+        self._second_looks = {
+            result: instruments.second_looks.labels(model, result) for result in SECOND_LOOKS
+        }
         self._seconds = {stage: instruments.seconds.labels(model, stage) for stage in STAGES}
         self._p_value = instruments.p_value.labels(model)
         self._last_scored = instruments.last_scored.labels(model)
@@ -144,6 +154,10 @@ class ModelMetrics:
     def passed(self, kind: str) -> None:
         """Count a request that asks for no prediction and is not scored."""
         self._passed[kind].inc()
+
+    def second_looks(self, result: str, requests: int) -> None:
+        """Count doubtful requests by what became of their second look."""
+        self._second_looks[result].inc(requests)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -73,15 +73,16 @@ def _join_dataclass(kind: type, described: Any, tensors: Tensors) -> Any:
     return kind(**{name: join(hints[name], described[name], tensors) for name in described})
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return `value` with every tensor in it on `device`."""
+def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Return `value` with every tensor in it on `device`, and of `dtype` where one is given."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         moved = {
-            f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)
+            f.name: to_device(getattr(value, f.name), device, dtype)
+            for f in dataclasses.fields(value)
         }
         return dataclasses.replace(value, **moved)
     if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
+        return tuple(to_device(item, device, dtype) for item in value)
     return value

@@ -5,14 +5,16 @@ Shapes: N requests (rows), D path columns, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from defense.errors import GuardFailure
 
 
 class Verdict(StrEnum):
@@ -66,10 +68,17 @@ class PathLayout:
 
 @dataclass(frozen=True)
 class Routed:
-    """What one forward pass leaves behind: logits (N, K) and path (N, D), on the same device."""
+    """What is known of N requests; all tensors on the same device.
+
+    logits: (N, K) and path: (N, D), left behind by the one forward pass that answers.
+    witness: (N, K), the logits of the guard's witness on the same inputs.
+    echoes: (N, P, K), the backbone's logits under P small fixed perturbations of the inputs.
+    """
 
     logits: Tensor
     path: Tensor
+    witness: Tensor | None = None
+    echoes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -79,28 +88,87 @@ class Routed:
         """(N,) predicted class."""
         return self.logits.argmax(dim=1)
 
+    @property
+    def look(self) -> str:
+        """What these runs carry: one of LOOKS."""
+        return look_of(self.witness is not None, self.echoes is not None)
+
+    def shows(self, look: str) -> bool:
+        """Say whether these runs carry all that `look` shows."""
+        return set(look.split("+")) <= set(self.look.split("+"))
+
+    def at(self, look: str) -> Routed:
+        """Return these runs as `look` shows them; GuardFailure where they lack a part of it."""
+        if not self.shows(look):
+            raise GuardFailure(
+                "score",
+                f"the runs carry '{self.look}' and not '{look}'; collect them with its parts",
+            )
+        return replace(
+            self,
+            witness=self.witness if carries(look, "witness") else None,
+            echoes=self.echoes if carries(look, "echoes") else None,
+        )
+
     def take(self, rows: Tensor) -> Routed:
         """Return the given rows (indices or a boolean mask)."""
-        return Routed(self.logits[rows], self.path[rows])
+        return self._map(lambda part: part[rows])
 
     def cpu(self) -> Routed:
-        return Routed(self.logits.cpu(), self.path.cpu())
+        return self._map(Tensor.cpu)
 
     @staticmethod
     def concat(parts: Sequence[Routed]) -> Routed:
-        """Stack batches of the same layout."""
-        return Routed(
-            torch.cat([part.logits for part in parts]), torch.cat([part.path for part in parts])
+        """Stack batches of the same layout; GuardFailure where some carry more than others."""
+        if len({part.look for part in parts}) > 1:
+            raise GuardFailure(
+                "score", "some runs carry a witness or echoes and others do not; collect all alike"
+            )
+        return _built(
+            None if column[0] is None else torch.cat(column)
+            for column in ([getattr(part, f.name) for part in parts] for f in fields(Routed))
         )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Routed:
+        parts = (getattr(self, field.name) for field in fields(self))
+        return _built(None if part is None else change(part) for part in parts)
+
+
+def _built(parts: Iterable[Tensor | None]) -> Routed:
+    logits, path, *rest = parts
+    assert logits is not None
+    assert path is not None
+    return Routed(logits, path, *rest)
+
+
+LOOKS = ("path", "path+witness", "path+echoes", "path+witness+echoes")
+"""What a detector may be shown of a request."""
+
+
+def carries(look: str, part: str) -> bool:
+    """Say whether `look` shows "witness" or "echoes"."""
+    return part in look.split("+")
+
+
+def look_of(witness: bool, echoes: bool) -> str:
+    """Name the look that shows these parts beside the path."""
+    return "path" + "+witness" * witness + "+echoes" * echoes
 
 
 @dataclass(frozen=True)
 class FitData:
-    """Runs to fit a detector on: clean ones, their labels (N,), attacked ones where there are any."""
+    """Runs to fit a detector on: clean ones with their labels (N,), and what was made of them.
+
+    attacked: runs that attacks turned. shifted: runs of harmless changes. judged: (N,), marks the
+    clean runs whose images those were made of; views are then shaped by the others, for what was
+    shaped by an image finds it more usual than one it has not seen. None leaves that to chance.
+    """
 
     clean: Routed
     labels: Tensor
     attacked: Routed | None = None
+    shifted: Routed | None = None
+    judged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,3 +186,13 @@ class Scored:
 
     def __len__(self) -> int:
         return self.score.shape[0]
+
+    def take(self, rows: Tensor) -> Scored:
+        """Return the given rows (indices or a boolean mask)."""
+        return Scored(*(getattr(self, field.name)[rows] for field in fields(Scored)))
+
+    @staticmethod
+    def concat(parts: Sequence[Scored]) -> Scored:
+        """Stack the opinions of several batches."""
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(Scored))
+        return Scored(*(torch.cat(column) for column in columns))

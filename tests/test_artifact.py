@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -18,8 +19,11 @@ from defense import artifact
 from defense.artifact import JSON_NAME, SCHEMA, TENSORS_NAME, load_guard, save_guard
 from defense.errors import ArtifactError, CalibrationError, ConfigError
 from defense.guard import Guard
+from defense.looks import Extras
+from defense.types import Routed
 from tests.conftest import Digits
-from tests.served import SmallNet
+from tests.looks import ECHO, shown, small_witness, with_extras
+from tests.served import SmallNet, images_like_noise
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_the_description_says_what_the_design_promises(guard: Guard, folder: Pat
     tensors = (folder / TENSORS_NAME).read_bytes()
     assert document["tensors_sha256"] == hashlib.sha256(tensors).hexdigest()
     assert torch.equal(
-        load_file(folder / TENSORS_NAME)["calibration.score"], guard.calibration.score
+        load_file(folder / TENSORS_NAME)["calibrations.path.score"], guard.calibration.score
     )
 
 
@@ -187,7 +191,9 @@ def test_a_pickle_in_the_place_of_the_tensors_is_never_loaded(folder: Path) -> N
     "change",
     [
         lambda d: d.pop("fingerprint"),
-        lambda d: d.pop("calibration"),
+        lambda d: d.pop("calibrations"),
+        lambda d: d.update(calibrations=[]),
+        lambda d: d.pop("witness"),
         lambda d: d.update(inputs={"shape": ["x"], "dtype": "float32"}),
         lambda d: d.update(inputs=[]),
         lambda d: d.update(facts=3),
@@ -220,7 +226,7 @@ def test_a_detector_or_router_that_this_version_lacks_is_named(folder: Path) -> 
 
 def test_a_calibration_whose_parts_do_not_belong_together_is_refused(folder: Path) -> None:
     other = {"tensor": "detector.usual.center"}
-    edit(folder, lambda d: d["calibration"].update(predicted=other))
+    edit(folder, lambda d: d["calibrations"]["path"].update(predicted=other))
     with pytest.raises(CalibrationError, match="expected one of each per image"):
         load_guard(folder)
 
@@ -239,3 +245,62 @@ def test_a_file_that_is_far_too_large_is_not_read(
     monkeypatch.setattr(artifact, "MAX_TENSOR_BYTES", 10)
     with pytest.raises(ArtifactError, match="safetensors is a link or over 10 bytes; expected"):
         load_guard(folder)
+
+
+@pytest.fixture
+def seeing(guard: Guard) -> Guard:
+    """A guard with a witness, an echo and a calibration per look; its detector is a density."""
+    extras = Extras(small_witness(torch.float16), ECHO)
+    run = shown(Routed(torch.eye(10), torch.zeros(10, guard.router.layout.length)))
+    found = with_extras(guard, extras, run)
+    return dataclasses.replace(found, detector=guard.detector)
+
+
+def test_a_witness_an_echo_and_every_looks_calibration_come_back(
+    seeing: Guard, tmp_path: Path
+) -> None:
+    save_guard(seeing, tmp_path / "guard")
+    again = load_guard(tmp_path / "guard")
+    assert again.echo == seeing.echo
+    assert list(again.calibrations) == sorted(seeing.calibrations)
+    for look, calibration in again.calibrations.items():
+        assert torch.equal(calibration.score, seeing.calibrations[look].score)
+    images = images_like_noise(2, 0)
+    assert again.witness is not None
+    assert seeing.witness is not None
+    assert again.witness.stem.weight.dtype == torch.float16
+    assert torch.equal(again.witness.logits(images), seeing.witness.logits(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda d: d["witness"]["stem"].update(weight={"tensor": "x"}), "lacks the tensor that"),
+        (lambda d: d["witness"].pop("side"), "describes Witness with"),
+        (lambda d: d["echo"]["perturbations"][0].update(kind="nois"), "no perturbation 'nois'"),
+        (lambda d: d.update(echo=None), "is calibrated with echoes and has none; fit it again"),
+        (lambda d: d.update(witness=None), "is calibrated with witness and has none; fit it"),
+        (lambda d: d["calibrations"].update(past={}), "expected"),
+        (lambda d: d.update(calibrations={}), r"for the looks \[\]; expected one or more of path"),
+        (lambda d: d["class_names"].pop(), "tells 10 classes apart and the guard 9; fit it again"),
+    ],
+)
+def test_a_witness_or_an_echo_that_was_tampered_with_is_an_error(
+    seeing: Guard, tmp_path: Path, change: Callable[[dict[str, Any]], object], sentence: str
+) -> None:
+    save_guard(seeing, tmp_path / "guard")
+    edit(tmp_path / "guard", change)
+    with pytest.raises((ArtifactError, ConfigError), match=sentence):
+        load_guard(tmp_path / "guard")
+
+
+def test_a_guard_of_the_schema_before_still_loads(guard: Guard, folder: Path) -> None:
+    def older(document: dict[str, Any]) -> None:
+        document["schema"] = 1
+        document["calibration"] = document.pop("calibrations")["path"]
+        del document["witness"], document["echo"]
+
+    edit(folder, older)
+    again = load_guard(folder)
+    assert torch.equal(again.calibration.score, guard.calibration.score)
+    assert (again.witness, again.echo) == (None, None)

@@ -20,7 +20,8 @@ defaults:
   reject_status: 403
   on_error: open
   expose_score: false
-  second_look: {below_p: 0.2, budget_ms: 20}
+  witness: always
+  second_look: {below_p: 0.04, budget_ms: 20}
   optimize: false
 models:
   resnet18: {reject: {target_fpr: 0.0005}}
@@ -54,6 +55,11 @@ def test_a_model_takes_from_the_defaults_what_it_does_not_say_itself() -> None:
 
 def test_off_needs_no_quotes_although_yaml_reads_it_as_false() -> None:
     assert parsed("defaults: {mode: off}").defaults.mode == "off"
+
+
+def test_a_witness_can_be_switched_off_without_quotes() -> None:
+    assert parsed("defaults: {witness: off}").defaults.witness == "off"
+    assert parsed("defaults: {witness: second_look}").defaults.witness == "second_look"
 
 
 def test_classes_and_models_may_be_called_by_a_bare_number() -> None:
@@ -100,6 +106,10 @@ def test_settings_cannot_be_changed() -> None:
         ("defaults: {flag: {target_fpr: 1}}", "(got 1): input should be less than 1"),
         ("defaults: {flag: {score: .nan}}", "(got nan): input should be a finite number"),
         ("defaults: {flag: {score: .inf}}", "(got inf): input should be a finite number"),
+        (
+            "defaults: {witness: sometimes}",
+            "'defaults.witness' is not valid (got 'sometimes'): input should be 'always', ",
+        ),
         ("defaults: {reject_status: 503}", "(got 503): input should be less than or equal to 499"),
         ("defaults: {limits: {max_bytes: 0}}", "'defaults.limits.max_bytes' is not valid (got 0)"),
         ("version: 2", "'version' is not valid (got 2): input should be 1"),

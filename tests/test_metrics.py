@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import pytest
 from prometheus_client import CollectorRegistry
 
-from defense.metrics import FAILURES, MODES, P_BUCKETS, STAGES, ModelMetrics, make_instruments
+from defense.metrics import (
+    FAILURES,
+    MODES,
+    P_BUCKETS,
+    SECOND_LOOKS,
+    STAGES,
+    ModelMetrics,
+    make_instruments,
+)
 from defense.payload import InvalidReason
 from defense.types import Verdict
 from tests.conftest import Counts
@@ -33,6 +41,8 @@ def test_every_verdict_reason_stage_and_result_exists_at_zero(counts: Counts) ->
         assert counts.value("errors_total", stage=stage) == 0
     for stage in STAGES:
         assert counts.value("guard_seconds_count", stage=stage) == 0
+    for result in SECOND_LOOKS:
+        assert counts.value("second_looks_total", result=result) == 0
     assert counts.value("p_value_count") == 0
     assert counts.value("last_scored_timestamp_seconds") == 0
     for result in ("applied", "invalid"):
@@ -85,6 +95,13 @@ def test_a_failure_of_the_guard_is_counted_once_per_request(counts: Counts) -> N
     counts.metrics.error("exporter")
     assert counts.value("errors_total", stage="capture") == 3
     assert counts.value("errors_total", stage="exporter") == 1
+
+
+def test_second_looks_are_counted_by_what_became_of_them(counts: Counts) -> None:
+    counts.metrics.second_looks("taken", 3)
+    counts.metrics.second_looks("failed", 1)
+    found = [counts.value("second_looks_total", result=result) for result in SECOND_LOOKS]
+    assert found == [3, 0, 1]
 
 
 def test_exactly_one_mode_is_in_force(counts: Counts) -> None:

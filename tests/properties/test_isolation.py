@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from defense.backbone import GatedBackbone
 from defense.config import ModelSettings
 from defense.gate import Gate, Outcome
 from defense.guard import AttachedGuard, Guard
+from defense.looks import Extras
 from defense.metrics import ModelMetrics, make_instruments
+from defense.offline.collect import collect_inputs
 from defense.payload import InvalidReason
-from defense.types import Routed, Verdict
+from defense.types import Routed, Scored, Verdict
 from tests.conftest import Counts, Digits
+from tests.looks import ECHO, small_witness, with_extras
 from tests.served import (
     PngHandler,
     SmallNet,
@@ -30,6 +34,13 @@ from tests.served import (
 )
 
 SETTINGS = ModelSettings.model_validate({"limits": {"max_bytes": 5000, "max_pixels": 2000}})
+TWO_LOOKS = ModelSettings.model_validate(
+    {
+        "flag": {"target_fpr": 0.05},
+        "reject": {"target_fpr": 0.02},
+        "second_look": {"below_p": 0.5, "budget_ms": 10_000},
+    }
+)
 Clean = Callable[[int], Tensor]
 
 
@@ -179,3 +190,28 @@ def test_a_row_of_a_run_scores_the_same_in_any_order_and_company(
         ]
     torch.testing.assert_close(permuted, whole[order], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_looks(guard: Guard, trained: SmallNet, digits: Digits) -> Iterator[AttachedGuard]:
+    """A guard with a witness and a second look at half of all requests, and time for all of them."""
+    extras = Extras(small_witness(), ECHO)
+    with GatedBackbone(trained, guard.router) as gated:
+        runs = collect_inputs(trained, gated, digits.images[:200], extras)
+    with with_extras(guard, extras, runs).attach(trained, TWO_LOOKS) as attached:
+        yield attached
+
+
+@given(order=st.permutations(range(8)), cut=st.integers(1, 7), start=st.integers(200, 1000))
+def test_a_second_look_says_the_same_in_any_order_and_company(
+    two_looks: AttachedGuard, digits: Digits, order: list[int], cut: int, start: int
+) -> None:
+    rows = digits.images[start : start + 8]
+    with torch.inference_mode():
+        whole = two_looks(rows).scored
+        permuted = two_looks(rows[order]).scored
+        parts = Scored.concat([two_looks(part).scored for part in (rows[:cut], rows[cut:])])
+    # A score that ties with one of calibration to rounding may fall on either side of it.
+    for found, expected in ((permuted, whole.take(torch.tensor(order))), (parts, whole)):
+        torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.p_value, expected.p_value, rtol=0, atol=1.5 / 201)

@@ -46,6 +46,7 @@ models = st.fixed_dictionaries(
         "on_error": st.sampled_from(["open", "closed"]),
         "expose_score": st.booleans(),
         "second_look": st.fixed_dictionaries({"below_p": rates, "budget_ms": st.floats(0, 10_000)}),
+        "witness": st.sampled_from(["always", "second_look", "off"]),
         "optimize": st.booleans(),
         "limits": st.fixed_dictionaries(
             {"max_bytes": st.integers(1, 10**12), "max_pixels": st.integers(1, 10**12)}
@@ -162,7 +163,7 @@ def random_guard(
         fingerprint=f"{seed:064x}",
         router=ActivationRouter(layout),
         detector=detector,
-        calibration=Calibration(detector.score(run), run.predicted),
+        calibrations={"path": Calibration(detector.score(run), run.predicted)},
         class_names=tuple(names),
         inputs=InputSpec((3, -1, 8), "bfloat16"),
         facts=facts,
@@ -183,7 +184,7 @@ def test_a_guard_comes_back_from_its_folder(
     with tempfile.TemporaryDirectory() as folder:
         save_guard(guard, Path(folder) / "guard")
         again = load_guard(Path(folder) / "guard")
-    assert replace(again, detector=guard.detector, calibration=guard.calibration) == guard
+    assert replace(again, detector=guard.detector, calibrations=guard.calibrations) == guard
     assert torch.equal(again.calibration.score, guard.calibration.score)
     assert torch.equal(again.calibration.predicted, guard.calibration.predicted)
     run = Routed(torch.eye(len(names)), torch.ones(len(names), guard.router.layout.length))
