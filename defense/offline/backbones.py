@@ -11,11 +11,12 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from defense.errors import ArtifactError, ConfigError
 from defense.offline.cards import load_network
 from defense.offline.methods import Method
-from defense.offline.networks import Architecture, CifarResNet
+from defense.offline.networks import Architecture, CifarResNet, Network
 from defense.offline.training import (
     CALIBRATION_BINS,
     EpochRecord,
@@ -64,8 +65,11 @@ def train_backbone(
         objective=method.objective,
         validation=test,
     )
-    result = evaluate(network, test, images.normalisation)
     weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    if method.half:
+        weights = halved(weights)
+        network.load_state_dict(weights)
+    result = evaluate(network, test, images.normalisation)
     write_tensors(out, weights, {})
     facts: dict[str, object] = {
         "weights": out.name,
@@ -82,19 +86,29 @@ def train_backbone(
     return result
 
 
+def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with those of convolutions and linear maps in half precision.
+
+    What batch norms hold keeps its range: a variance may be too small for half precision.
+    """
+    return {name: value.half() if value.dim() > 1 else value for name, value in weights.items()}
+
+
 def first_network(
     method: Method, architecture: Architecture, images: LabelledImages, start: Path | None
-) -> CifarResNet:
-    """Return the network that training begins with: fresh and whitened, or with `start`'s weights."""
+) -> Network:
+    """Return the network that training begins with: fresh, or with `start`'s weights.
+
+    A fresh one's stem, where it has one, is whitened.
+    """
     if start is None:
-        network = method.network(architecture)
-        whiten(network, images)
-        return network
+        fresh = method.network(architecture)
+        if isinstance(fresh, CifarResNet):
+            whiten(fresh, images)
+        return fresh
     trained, normalise = load_network(start)
-    network = method.network(trained.architecture)
-    found = network.load_state_dict(trained.state_dict(), strict=False)
-    shared = CifarResNet(trained.architecture).state_dict().keys()
-    if found.unexpected_keys or shared & set(found.missing_keys):
+    network = going_on(method, trained)
+    if network is None:
         raise ArtifactError(
             f"{start} describes a {type(trained).__name__}, from which this method cannot go on; "
             "give the card of a plain one"
@@ -106,6 +120,17 @@ def first_network(
         )
     next(network.stem.parameters()).requires_grad_(False)
     return network
+
+
+def going_on(method: Method, trained: Network) -> CifarResNet | None:
+    """Return the method's network with the weights of `trained`; None where it cannot take them."""
+    if not (isinstance(trained, CifarResNet) and issubclass(method.network, CifarResNet)):
+        return None
+    network = method.network(trained.architecture)
+    found = network.load_state_dict(trained.state_dict(), strict=False)
+    shared = CifarResNet(trained.architecture).state_dict().keys()
+    fits = not (found.unexpected_keys or shared & set(found.missing_keys))
+    return network if fits else None
 
 
 def provenance(

@@ -10,17 +10,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from defense.errors import ArtifactError
-from defense.offline.networks import NETWORKS, Architecture, CifarResNet, Normalisation
+from defense.offline.invertible import InvertibleResNet
+from defense.offline.networks import NETWORKS, Architecture, Network, Normalisation
+
+DESCRIBED: dict[str, type[Network]] = {**NETWORKS, InvertibleResNet.__name__: InvertibleResNet}
+"""Networks by the name that a card gives: those that archives can carry, and one that they cannot."""
 
 
-def load_network(card: Path) -> tuple[CifarResNet, Normalisation]:
+def load_network(card: Path) -> tuple[Network, Normalisation]:
     """Return the network that `card` describes, in eval mode, and its input's normalisation."""
     try:
         facts = json.loads(card.read_text())
         weights = card.with_name(facts["weights"]).read_bytes()
         shape, statistics = facts["architecture"], facts["input"]
         digest = facts["sha256"]
-        kind = NETWORKS[shape["network"]]
+        kind = DESCRIBED[shape["network"]]
         depths, widths = tuple(shape["depths"]), tuple(shape["widths"])
         network = kind(Architecture(depths, widths, shape["stem"], shape["classes"]))
         normalise = Normalisation(tuple(statistics["mean"]), tuple(statistics["std"]))

@@ -72,12 +72,19 @@ class BasicBlock(nn.Module):
         return self.relu2(self.bn2(self.conv2(inner)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
-class CifarResNet(nn.Module):
-    """Residual classifier of images whose side is a multiple of `2 ** len(depths)`."""
+class Network(nn.Module):
+    """A classifier of normalised images `(N, 3, H, W)` that an `Architecture` describes."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
+
+
+class CifarResNet(Network):
+    """Residual classifier of images whose side is a multiple of `2 ** len(depths)`."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
         self.stem = nn.Sequential(
             convolution(3, architecture.stem, 3), nn.BatchNorm2d(architecture.stem), nn.ReLU()
         )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from defense.errors import ConfigError
-from defense.offline import attacks
-from defense.offline.attacks import make_attack, uniform_noise
+from defense.offline.attacks import ATTACKS, Attack, eight_bit, make_attack, uniform_noise
+from defense.offline.attacks.descent import Confident, Descent, in_turn, logits_ratio, margin
 from defense.offline.attacks.targeted import STEP, STEPS, TargetedSteps, targets
 from tests.conftest import Digits
-from tests.served import SmallNet, hook_count
+from tests.served import SmallNet, hook_count, seeded_net
 
-NAMES = ("fgsm", "bim", "pgd", "cw", "deepfool", "cdrp")
-BOUNDED = NAMES[:3]
+Right = tuple[Tensor, Tensor]
+
+NAMES = ("fgsm", "bim", "pgd", "mifgsm", "apgd", "apgd_dlr", "square", "cw", "deepfool", "cdrp")
 
 
 @pytest.fixture
@@ -55,7 +57,8 @@ def test_an_attack_changes_answers_with_images_that_a_client_can_send(
 def test_the_same_seed_gives_the_same_attack(
     name: str, net: SmallNet, right: tuple[Tensor, Tensor]
 ) -> None:
-    first, again = (make_attack(name, eps=0.1).run(net, *right, seed=4) for _ in range(2))
+    images, labels = right[0][:4], right[1][:4]
+    first, again = (make_attack(name, eps=0.1).run(net, images, labels, seed=4) for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -79,11 +82,11 @@ def test_an_attack_leaves_the_network_its_images_and_the_random_state_alone(
 
 
 def test_images_are_attacked_in_batches_and_stay_in_order(
-    net: SmallNet, right: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    net: SmallNet, right: tuple[Tensor, Tensor]
 ) -> None:
-    whole = make_attack("fgsm", eps=0.1).run(net, *right, seed=0)
-    monkeypatch.setattr(attacks, "BATCH", 5)
-    assert torch.equal(make_attack("fgsm", eps=0.1).run(net, *right, seed=0), whole)
+    attack = make_attack("fgsm", eps=0.1)
+    whole = attack.run(net, *right, seed=0)
+    assert torch.equal(replace(attack, batch=5).run(net, *right, seed=0), whole)
 
 
 def test_a_step_against_the_gradient_is_what_fgsm_takes(
@@ -128,7 +131,7 @@ def test_noise_of_a_size_stays_within_it_and_reaches_its_edges(
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x, e: uniform_noise(x, eps=e, seed=0), lambda x, e: attacks._eight_bit(x + 1, x, e)],
+    [lambda x, e: uniform_noise(x, eps=e, seed=0), lambda x, e: eight_bit(x + 1, x, e)],
 )
 def test_nothing_leaves_the_pixels_range(
     make: Callable[[Tensor, float], Tensor], right: tuple[Tensor, Tensor]
@@ -146,3 +149,93 @@ def test_the_cdrp_attack_goes_to_the_next_class_in_small_steps(
     wanted = targets(10)[labels][:, None]
     before, after = (net(x).log_softmax(1).gather(1, wanted) for x in (images, changed))
     assert bool((after > before).all())
+
+
+@pytest.mark.parametrize("name", ["autoattack", "pixle", "patch", "pgd_l2", "cw_10"])
+def test_the_other_rows_run_and_turn_images_that_a_client_can_send(
+    name: str, trained: SmallNet, right: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = right[0][:4], right[1][:4]
+    labels = trained(images).argmax(1)
+    changed = make_attack(name, eps=2.0 if name == "pgd_l2" else 0.2).run(
+        trained, images, labels, seed=0
+    )
+    assert in_eight_bits(changed)
+    assert bool((trained(changed).argmax(1) != labels).any())
+
+
+def test_every_row_of_the_table_can_be_made_and_is_called_by_its_name() -> None:
+    made = [make_attack(name) for name in ATTACKS]
+    assert [attack.name for attack in made] == list(ATTACKS)
+    assert {attack.norm for attack in made} == {"linf", "l2", "l0"}
+    assert {a.family for a in made if a.name.startswith(("pgd", "bim"))} == {"pgd"}
+
+
+def test_a_size_in_the_name_goes_before_eps() -> None:
+    assert make_attack("pgd_4").eps == make_attack("pgd_4", eps=0.5).eps == 4 / 255
+    assert make_attack("apgd_dlr_2").eps == 2 / 255
+    assert make_attack("pgd", eps=0.5).eps == 0.5
+    assert make_attack("cw_10", eps=0.5).eps is None
+
+
+def test_an_attack_in_a_ball_needs_a_size() -> None:
+    with pytest.raises(ConfigError, match="attack 'pgd' needs a size; say 'pgd_8' for 8/255"):
+        make_attack("pgd")
+
+
+def test_an_attack_without_a_family_is_a_family_of_its_own() -> None:
+    assert Attack("new", None, lambda model: lambda x, y: x).family == "new"
+
+
+def test_a_patch_changes_its_square_alone(net: SmallNet, right: tuple[Tensor, Tensor]) -> None:
+    images, labels = right
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        changed = Descent(net, 1.0, patch=3)(images, labels)
+    moved = (changed != images).any(1)
+    for dim in (1, 2):
+        found = moved.any(dim).nonzero()
+        for row in found[:, 0].unique():
+            places = found[found[:, 0] == row, 1]
+            assert int(places.max() - places.min()) < 3
+    assert bool(moved.any())
+
+
+def test_confidence_is_a_margin_that_is_reached(trained: SmallNet, right: Right) -> None:
+    images = right[0]
+    labels = trained(images).argmax(1)
+    start = Descent(trained, 0.5, loss=logits_ratio)
+    reached = [
+        margin(trained(Confident(trained, wanted, start=start)(images, labels)), labels)
+        for wanted in (0.0, 0.3)
+    ]
+    assert bool((reached[0] > 0).all())
+    assert bool((reached[1] >= 0.3).all())
+    assert float(reached[0].mean()) < float(reached[1].mean())
+
+
+def test_later_attempts_are_made_on_what_is_left_and_lose_nothing(
+    net: SmallNet, right: Right
+) -> None:
+    images, labels = right
+    seen: list[int] = []
+
+    def strong(x: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(x))
+        return Descent(net, 0.5)(x, y)
+
+    weak = make_attack("fgsm", eps=0.05).run(net, images, labels, seed=0)
+    first = net(weak).argmax(1) != labels
+    both = in_turn(net, lambda x, y: weak, strong)(images, labels)
+    assert seen == [int((~first).sum())]
+    assert torch.equal(both[first], weak[first])
+    assert bool((net(both).argmax(1) != labels).sum() > first.sum())
+
+
+def test_the_weights_keep_no_gradients_and_the_mode_comes_back(right: Right) -> None:
+    net = seeded_net().train()
+    net.block.eval()
+    make_attack("cw").run(net, right[0][:2], right[1][:2], seed=0)
+    assert net.training
+    assert not net.block.training
+    assert all(w.grad is None and w.requires_grad for w in net.parameters())

@@ -16,7 +16,7 @@ from defense.offline import networks
 from defense.offline.backbones import first_network, train_backbone
 from defense.offline.cards import load_network
 from defense.offline.methods import METHODS, method_named
-from defense.offline.networks import Architecture
+from defense.offline.networks import Architecture, CifarResNet
 from defense.offline.training import evaluate, read_split
 from tests.coloured import SETTINGS, TINY, coloured_images, write_folder
 
@@ -76,6 +76,7 @@ def test_training_goes_on_from_a_card(backbone: Path) -> None:
     images = read_split(backbone.parents[1] / "data", "train")
     network = first_network(METHODS["plain"], Architecture(), images, backbone)
     trained, _ = load_network(backbone)
+    assert isinstance(network, CifarResNet)
     assert network.architecture == TINY
     for name, value in trained.state_dict().items():
         assert torch.equal(network.state_dict()[name], value)

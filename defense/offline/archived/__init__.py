@@ -8,8 +8,10 @@ import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from defense.errors import ArchiveError
 from defense.offline.archiver import make_archive
 from defense.offline.cards import load_network
+from defense.offline.networks import NETWORKS
 
 
 def pack_network(card: Path, target: Path) -> None:
@@ -17,7 +19,12 @@ def pack_network(card: Path, target: Path) -> None:
 
     Nothing in it is pickled: the weights travel as safetensors.
     """
-    load_network(card)
+    network, _ = load_network(card)
+    if type(network).__name__ not in NETWORKS:
+        raise ArchiveError(
+            f"{card} describes a {type(network).__name__}, which is for attacks and not for serving; "
+            "pack a network of another training method"
+        )
     offline = files("defense.offline")
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from defense.offline.attacks import Attack, make_attack
 from defense.offline.cards import load_network
-from defense.offline.networks import CifarResNet, Normalisation
+from defense.offline.networks import Network, Normalisation
 from defense.offline.progress import Progress
 from defense.offline.training import LabelledImages, write_tensors
 
@@ -46,7 +46,7 @@ class OnPixels(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: CifarResNet, normalise: Normalisation) -> None:
+    def __init__(self, network: Network, normalise: Normalisation) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(normalise.mean).view(1, -1, 1, 1))
@@ -86,7 +86,7 @@ class Backbone:
 
     name: str
     digest: str
-    network: CifarResNet
+    network: Network
     on_pixels: OnPixels
     pixels: Tensor
     labels: Tensor

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from defense.offline.page import markdown_table as table
+
 INTRODUCTION = """\
 # Routing systems, compared
 
@@ -256,9 +258,3 @@ def course(values: Sequence[float]) -> str:
 def mean(values: Sequence[float]) -> float:
     """Return the mean over seeds."""
     return sum(values) / len(values)
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from defense.errors import ConfigError, nearest
+from defense.offline.invertible import InvertibleResNet
 from defense.offline.methods.class_gates import ClassGatesObjective
+from defense.offline.methods.consistent import ConsistentObjective
 from defense.offline.methods.decoupled import DecoupledObjective
+from defense.offline.methods.invertible import InvertibleObjective
 from defense.offline.methods.selective import SelectiveObjective
-from defense.offline.networks import Architecture, CifarResNet, ClassGatedResNet, DecoupledResNet
+from defense.offline.networks import (
+    Architecture,
+    CifarResNet,
+    ClassGatedResNet,
+    DecoupledResNet,
+    Network,
+)
 from defense.offline.training import CrossEntropy, Objective, TrainingSettings
 
 
@@ -17,13 +25,17 @@ from defense.offline.training import CrossEntropy, Objective, TrainingSettings
 class Method:
     """The network that a method trains, what it minimises, and the settings that suit it.
 
-    needs_start: it goes on from the weights of a trained plain network.
+    needs_start: it goes on from the weights of a trained plain network, and has its shape.
+    architecture: the shape of a fresh network, but for its classes.
+    half: its convolutions and linear maps are rounded to half precision, which halves the file.
     """
 
-    network: Callable[[Architecture], CifarResNet]
+    network: type[Network]
     objective: Objective
     settings: TrainingSettings
     needs_start: bool = False
+    architecture: Architecture = field(default_factory=Architecture)
+    half: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -45,6 +57,27 @@ METHODS: dict[str, Method] = {
         SelectiveObjective(),
         TrainingSettings(epochs=6, learning_rate=0.05, small_epochs=0),
         needs_start=True,
+    ),
+    "consistent": Method(
+        CifarResNet,
+        ConsistentObjective(),
+        TrainingSettings(epochs=10, learning_rate=0.2, cutout=0, small_epochs=7),
+        needs_start=True,
+        half=True,
+    ),
+    "invertible": Method(
+        InvertibleResNet,
+        InvertibleObjective(),
+        TrainingSettings(epochs=10, learning_rate=0.2, cutout=0, small_epochs=7),
+        architecture=Architecture((2, 3, 3), (64, 128, 256), stem=12),
+        half=True,
+    ),
+    "small": Method(
+        CifarResNet,
+        CrossEntropy(),
+        TrainingSettings(epochs=10, small_epochs=7),
+        architecture=Architecture((1, 1, 1), (32, 64, 128), stem=16),
+        half=True,
     ),
 }
 
