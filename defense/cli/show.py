@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from defense.archive import FOLDER, extract_archive
 from defense.artifact import load_guard
@@ -16,6 +17,9 @@ from defense.config import Settings, read_settings
 from defense.errors import PathGuardError
 from defense.guard import Guard
 from defense.policy import make_policy, target_fpr
+
+CARD = "report_card"
+"""The fact under which a guard carries the headline of its benchmark."""
 
 
 def describe_guard(subject: Path, config: Path | None) -> dict[str, Any]:
@@ -73,6 +77,8 @@ def print_guard(out: Console, facts: dict[str, Any]) -> None:
     """Print what `describe_guard` returned."""
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
+        if name == CARD:
+            continue
         if name == "path":
             names = [f"{site['name']} ({site['channels']})" for site in value["sites"]]
             text = (
@@ -86,6 +92,30 @@ def print_guard(out: Console, facts: dict[str, Any]) -> None:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(f"[bold]{name.replace('_', ' ')}[/bold]", text)
     out.print(table)
+    if isinstance(card := facts.get(CARD), dict):
+        _print_card(out, card)
+
+
+def _print_card(out: Console, card: dict[str, Any]) -> None:
+    """Print the headline of the benchmark that a guard went through."""
+    columns = ("report card", "floor", "goal", "measured", "sealed", "verdict")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for mark in card.get("marks", {}).values():
+        sealed = mark["sealed"]
+        texts = [mark[key] for key in ("says", "floor", "goal", "measured")]
+        texts += ["-" if sealed is None else f"{sealed:.4g}", mark["verdict"]]
+        style = "bold red" if mark["verdict"] == "floor missed" else ""
+        table.add_row(*(Text(text, style) for text in texts))
+    out.print(table)
+    behind = "; ".join(card.get("behind", [])) or "no attack"
+    lines = (
+        f"AUROC behind another detector on {card.get('behind_count', 0)} attacks: {behind}.",
+        f"Failed checks of the benchmark: {card.get('failed_checks', 0)}.",
+        f"Measured on {card.get('images')} images, sealed {card.get('sealed_images')}, by: "
+        f"{card.get('command')}",
+    )
+    for line in lines:
+        out.print(Text(line))
 
 
 def print_report(out: Console, report: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class Silent:
 
 
 class _Bar:
-    def __init__(self, bars: RichProgress, text: str, total: int) -> None:
+    def __init__(self, bars: RichProgress, text: str, total: int | None) -> None:
         self._bars = bars
         self._task = bars.add_task(text, total=total)
 
@@ -32,8 +32,8 @@ class _Bar:
 
 
 @contextmanager
-def bar(console: Console, text: str, total: int) -> Iterator[Progress]:
-    """Show a bar while the block runs."""
+def bar(console: Console, text: str, total: int | None) -> Iterator[Progress]:
+    """Show a bar while the block runs; without a total it only counts."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

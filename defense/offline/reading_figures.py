@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from defense.errors import ConfigError
+from defense.offline.page import LIGHT, Palette
 from defense.offline.reading import Reading
 
 DPI = 150
@@ -22,24 +22,6 @@ MOST_TICKS = 30
 MOST_VALUES = 12
 """Up to so many classes the similarity matrix has its numbers written in."""
 GRID_COLUMNS = 6
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colours of one appearance. `own` is the accent: the image's own class, and our quantities."""
-
-    paper: str
-    ink: str
-    faint: str
-    own: str
-    target: str
-    control: str
-    opposite: str
-    """The end of the diverging map for -1; 1 is `own` and 0 is `paper`."""
-
-
-LIGHT = Palette("#ffffff", "#1f2328", "#e3e6ea", "#0b62c4", "#c9510c", "#7a828c", "#8a3b7c")
-DARK = Palette("#15191f", "#d8dee6", "#2b323b", "#5aa7f5", "#f08a4b", "#8b95a1", "#cf7fc0")
 
 
 def draw_course(reading: Reading, palette: Palette) -> bytes:

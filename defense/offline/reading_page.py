@@ -14,11 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from defense.offline.page import DARK, LIGHT, Palette, definitions, document, table
 from defense.offline.reading import EXAMPLES, NEAR_ZERO, Course, Reading, Unit
 from defense.offline.reading_figures import (
-    DARK,
-    LIGHT,
-    Palette,
     draw_course,
     draw_separability,
     draw_similarity,
@@ -161,29 +159,15 @@ def _alike(reading: Reading) -> str:
 
 def _page(reading: Reading, drawings: Sequence[Drawing], files: dict[str, bytes]) -> str:
     figures = "\n".join(_figure(drawing, files) for drawing in drawings)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>PathGuard: reading of {escape(reading.router)} paths</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-{_header(reading)}
+    body = f"""{_header(reading)}
 <main>
 {figures}
 {_units(reading)}
 {_table(reading)}
 </main>
 <footer><p>Written by PathGuard. A reading describes these images and this network; it is no test of
-a guard.</p></footer>
-</body>
-</html>
-"""
+a guard.</p></footer>"""
+    return document(f"PathGuard: reading of {reading.router} paths", body, _STYLE)
 
 
 def _header(reading: Reading) -> str:
@@ -197,7 +181,6 @@ def _header(reading: Reading) -> str:
         "attacked": f"{reading.attacked}",
         "seed": f"{reading.seed}",
     }
-    cells = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     note = ""
     if reading.course is None:
         note = (
@@ -212,7 +195,7 @@ def _header(reading: Reading) -> str:
 <p>A path is what the channels of the network's sites did for one image. Here the paths of labelled
 images are read: which classes share them, what an attack does to them on the way, and which channels
 speak for a class.</p>
-<dl>{cells}</dl>{note}
+{definitions(facts)}{note}
 </header>"""
 
 
@@ -275,19 +258,18 @@ def _table(reading: Reading) -> str:
         heads += ["attacked to itself", "attacked to target", "control", "before to target"]
         for curve in (course.to_clean, course.to_target, course.control, course.before):
             columns.append([f"{value:.3f}" for value in curve[1].tolist()])
-    head = "".join(f'<th scope="col">{name}</th>' for name in ["site", *heads])
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{value.replace('-', chr(0x2212))}</td>" for value in values)
-        + "</tr>"
+    rows = [
+        [name, *(value.replace("-", "\N{MINUS SIGN}") for value in values)]
         for name, *values in zip(reading.site_names, *columns, strict=True)
+    ]
+    numbers = table(
+        "Medians over images or pairs; quartiles are the bands of the figures above.",
+        ["site", *heads],
+        rows,
     )
     return f"""<section id="numbers">
 <h2>The numbers, site by site</h2>
-<div class="wide"><table>
-<caption>Medians over images or pairs; quartiles are the bands of the figures above.</caption>
-<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>
-</table></div>
+{numbers}
 </section>"""
 
 
@@ -309,43 +291,16 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-_STYLE = f"""
-:root {{ --paper: {LIGHT.paper}; --ink: {LIGHT.ink}; --faint: {LIGHT.faint}; --own: {LIGHT.own};
-  --soft: #57606a; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --paper: {DARK.paper}; --ink: {DARK.ink};
-  --faint: {DARK.faint}; --own: {DARK.own}; --soft: #9aa5b1; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }}
-header > p, figcaption, section > p {{ max-width: 44rem; }}
-h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }}
-h2 {{ font-size: 1.2rem; margin: 3.2rem 0 .8rem; padding-top: 1.2rem;
-  border-top: 1px solid var(--faint); }}
-dl {{ display: flex; flex-wrap: wrap; gap: .8rem 2rem; margin: 1.5rem 0 0; }}
-dt {{ color: var(--soft); font-size: .8rem; }}
-dd {{ margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
-figure {{ margin: 0; }}
-figure img {{ display: block; max-width: 100%; height: auto; max-height: 44rem; }}
-#course img, #separability img, #sparsity img {{ width: 100%; }}
-#similarity img {{ width: min(100%, 36rem); }}
-figcaption, .note, section > p, footer {{ color: var(--soft); font-size: .92rem; margin-top: .7rem; }}
-details {{ border-bottom: 1px solid var(--faint); padding: .5rem 0; }}
-summary {{ cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }}
-summary:focus-visible {{ outline: 2px solid var(--own); outline-offset: 2px; }}
-ol {{ list-style: none; margin: .4rem 0 .6rem; padding: 0; display: grid; gap: .7rem; }}
-li p {{ margin: 0 0 .25rem; font-size: .88rem; }}
-li p span {{ color: var(--soft); margin-left: .4rem; }}
-.strip {{ display: flex; flex-wrap: wrap; gap: .3rem; }}
-.strip img {{ width: 60px; height: 60px; object-fit: contain; image-rendering: pixelated;
-  border: 2px solid var(--faint); border-radius: 3px; }}
-.strip img.own {{ border-color: var(--own); }}
-span.own {{ border: 2px solid var(--own); border-radius: 3px; padding: 0 .25rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; color: var(--soft); padding-bottom: .5rem; }}
-th, td {{ padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--faint);
-  white-space: nowrap; }}
-thead th {{ vertical-align: bottom; white-space: normal; font-weight: 500; color: var(--soft); }}
-th:first-child {{ text-align: left; padding-left: 0; font-weight: 500; }}
-footer {{ margin-top: 3rem; }}
+_STYLE = """
+figure img { display: block; max-width: 100%; height: auto; max-height: 44rem; }
+#course img, #separability img, #sparsity img { width: 100%; }
+#similarity img { width: min(100%, 36rem); }
+ol { list-style: none; margin: .4rem 0 .6rem; padding: 0; display: grid; gap: .7rem; }
+li p { margin: 0 0 .25rem; font-size: .88rem; }
+li p span { color: var(--soft); margin-left: .4rem; }
+.strip { display: flex; flex-wrap: wrap; gap: .3rem; }
+.strip img { width: 60px; height: 60px; object-fit: contain; image-rendering: pixelated;
+  border: 2px solid var(--faint); border-radius: 3px; }
+.strip img.own { border-color: var(--own); }
+span.own { border: 2px solid var(--own); border-radius: 3px; padding: 0 .25rem; }
 """
