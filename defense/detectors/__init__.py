@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from defense.detectors.density import Density, DensityRecipe
+from defense.detectors.fused import Fused, FusedRecipe
 from defense.detectors.overlap import Overlap, OverlapRecipe
 from defense.detectors.supervised import Supervised, SupervisedRecipe
 from defense.detectors.trajectory import Trajectory, TrajectoryRecipe
@@ -35,18 +36,19 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class DetectorKind:
-    """How to fit a detector, how to load one, and whether fitting it takes attacks."""
+    """How to fit a detector, how to load one, and what fitting it does with attacks."""
 
     recipe: type[Recipe]
     fitted: type[Detector]
-    needs_attacks: bool = False
+    attacks: Literal["ignored", "welcome", "needed"] = "ignored"
 
 
 DETECTORS: dict[str, DetectorKind] = {
+    "fused": DetectorKind(FusedRecipe, Fused, attacks="welcome"),
     "density": DetectorKind(DensityRecipe, Density),
     "trajectory": DetectorKind(TrajectoryRecipe, Trajectory),
     "overlap": DetectorKind(OverlapRecipe, Overlap),
-    "supervised": DetectorKind(SupervisedRecipe, Supervised, needs_attacks=True),
+    "supervised": DetectorKind(SupervisedRecipe, Supervised, attacks="needed"),
 }
 
 

@@ -8,7 +8,7 @@ those directions miss (Lee et al. 2018 per layer, with the residual of Wang et a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -125,14 +125,19 @@ def fit_density_view(data: FitData, layout: PathLayout, *, rank: int) -> Density
 
 
 def halves(data: FitData, seed: int) -> tuple[FitData, FitData]:
-    """Split the clean runs at random into two: one to shape the views, one to judge them with."""
+    """Part the clean runs in two: one to shape the views, one to judge them with.
+
+    The second holds what was made of its images. Where the data does not say which runs are for
+    judging, a third of them is drawn.
+    """
     count = len(data.clean)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    first, second = order[: count - count // 3], order[count - count // 3 :]
-    return (
-        FitData(data.clean.take(first), data.labels[first], data.attacked),
-        FitData(data.clean.take(second), data.labels[second], data.attacked),
-    )
+    if data.judged is None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        first, second = order[: count - count // 3], order[count - count // 3 :]
+    else:
+        first, second = (~data.judged).nonzero().squeeze(1), data.judged.nonzero().squeeze(1)
+    judged = replace(data, clean=data.clean.take(second), labels=data.labels[second], judged=None)
+    return FitData(data.clean.take(first), data.labels[first]), judged
 
 
 def _fit_site(path: Tensor, label: Tensor, classes: int, rank: int) -> SiteDensity:

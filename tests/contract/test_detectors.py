@@ -16,16 +16,28 @@ from defense.calibration import Calibration
 from defense.detectors import DETECTORS, Detector, detector_named
 from defense.errors import ConfigError, DataError
 from defense.guard import Guard, InputSpec
-from defense.offline.evaluate import auroc
+from defense.offline.benchmark.metrics import auroc
 from defense.routers.activation import ActivationRouter
 from defense.state import to_device
 from defense.types import FitData, Routed
-from tests.synthetic import CLASSES, LAYOUT, clean_runs, fit_data, shifted_runs
+from tests.looks import ECHO, NAMES, small_witness
+from tests.synthetic import (
+    CLASSES,
+    LAYOUT,
+    clean_looks,
+    clean_runs,
+    fit_data,
+    full_data,
+    misled_looks,
+    shifted_runs,
+)
 
 pytestmark = pytest.mark.parametrize("name", DETECTORS)
 CLEAN, SHIFTED = clean_runs(60, seed=50)[0], shifted_runs(60, seed=60)
 BOTH = Routed.concat([CLEAN, SHIFTED])
+FULL = Routed.concat([clean_looks(30, seed=50)[0], misled_looks(30, seed=60)])
 _fitted: dict[str, Detector] = {}
+_full: dict[str, Detector] = {}
 
 
 def fit(name: str, data: FitData | None = None, *, seed: int = 0) -> Detector:
@@ -38,6 +50,19 @@ def detector(name: str) -> Detector:
     if name not in _fitted:
         _fitted[name] = fit(name)
     return _fitted[name]
+
+
+@pytest.fixture
+def full(name: str) -> Detector:
+    """A detector fitted to runs that carry witness and echoes, fitted once."""
+    if name not in _full:
+        _full[name] = fit(name, full_data())
+    return _full[name]
+
+
+def looks_of(detector: Detector) -> tuple[str, ...]:
+    """Return the looks that a detector says it can score; most know the path alone."""
+    return getattr(detector, "looks", ("path",))
 
 
 def test_its_name_is_that_of_its_row(name: str) -> None:
@@ -68,7 +93,7 @@ def test_larger_is_more_suspicious(name: str, detector: Detector) -> None:
 def test_a_path_far_from_everything_is_more_suspicious_than_clean_ones(
     name: str, detector: Detector
 ) -> None:
-    if DETECTORS[name].needs_attacks:
+    if DETECTORS[name].attacks == "needed":
         pytest.skip("a detector fitted with attacks promises nothing about what it was not shown")
     draw = torch.Generator().manual_seed(1)
     far = Routed(CLEAN.logits, CLEAN.path + 30 * torch.randn(CLEAN.path.shape, generator=draw))
@@ -108,6 +133,28 @@ def test_a_row_scores_the_same_alone_and_in_any_batch_and_order(
     torch.testing.assert_close(
         detector.score(BOTH.take(order)), together[order], rtol=1e-4, atol=1e-6
     )
+
+
+def test_at_every_look_a_row_scores_the_same_alone_and_in_any_batch_and_order(
+    name: str, full: Detector
+) -> None:
+    order = torch.randperm(len(FULL), generator=torch.Generator().manual_seed(3))
+    for look in looks_of(full):
+        run = FULL.at(look)
+        together = full.score(run)
+        assert bool(together.isfinite().all())
+        alone = torch.cat([full.score(run.take(row)) for row in torch.arange(len(run)).split(1)])
+        torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            full.score(run.take(order)), together[order], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_it_knows_the_path_and_does_not_mind_that_the_fit_showed_more(
+    name: str, detector: Detector, full: Detector
+) -> None:
+    assert looks_of(full)[0] == looks_of(detector)[0] == "path"
+    torch.testing.assert_close(full.score(BOTH), detector.score(BOTH))
 
 
 def test_scoring_leaves_its_input_alone(name: str, detector: Detector) -> None:
@@ -152,7 +199,7 @@ def test_it_comes_back_from_an_artefact(name: str, detector: Detector, tmp_path:
         fingerprint="0" * 64,
         router=ActivationRouter(LAYOUT),
         detector=detector,
-        calibration=Calibration(detector.score(CLEAN), CLEAN.predicted),
+        calibrations={"path": Calibration(detector.score(CLEAN), CLEAN.predicted)},
         class_names=tuple(map(str, range(CLASSES))),
         inputs=InputSpec((1,), "float32"),
         facts={},
@@ -166,6 +213,53 @@ def test_it_comes_back_from_an_artefact(name: str, detector: Detector, tmp_path:
     assert torch.equal(
         load_guard(tmp_path / "second").detector.score(BOTH), again.detector.score(BOTH)
     )
+
+
+def test_every_look_comes_back_from_an_artefact(name: str, full: Detector, tmp_path: Path) -> None:
+    looks = looks_of(full)
+    guard = Guard(
+        fingerprint="0" * 64,
+        router=ActivationRouter(LAYOUT),
+        detector=full,
+        calibrations={
+            look: Calibration(full.score(FULL.at(look)), FULL.predicted) for look in looks
+        },
+        class_names=NAMES,
+        inputs=InputSpec((1,), "float32"),
+        facts={},
+        witness=small_witness(),
+        echo=ECHO,
+    )
+    save_guard(guard, tmp_path)
+    again = load_guard(tmp_path)
+    assert looks_of(again.detector) == looks
+    assert set(again.calibrations) == set(looks)
+    for look in looks:
+        run = FULL.at(look)
+        torch.testing.assert_close(again.detector.score(run), full.score(run), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_witness_and_echoes_of_another_precision_are_scored(
+    name: str, full: Detector, dtype: torch.dtype
+) -> None:
+    assert FULL.witness is not None
+    assert FULL.echoes is not None
+    rounded = dataclasses.replace(
+        FULL, witness=FULL.witness.to(dtype), echoes=FULL.echoes.to(dtype)
+    )
+    for look in looks_of(full):
+        score = full.score(rounded.at(look))
+        assert score.dtype == torch.float64
+        torch.testing.assert_close(score, full.score(FULL.at(look)), rtol=2e-2, atol=5e-2)
+
+
+def test_every_look_works_wholly_on_the_device_of_the_path(name: str, full: Detector) -> None:
+    meta = torch.device("meta")
+    moved: Detector = to_device(full, meta)
+    run: Routed = to_device(FULL, meta)
+    for look in looks_of(full):
+        assert moved.score(run.at(look)).device == meta
 
 
 def test_a_channel_that_never_varied_does_not_matter(name: str) -> None:
@@ -204,14 +298,15 @@ def test_it_scores_under_inference_mode(name: str, detector: Detector) -> None:
     torch.testing.assert_close(score.clone(), detector.score(BOTH))
 
 
-def test_it_asks_for_attacks_where_its_row_says_so_and_else_ignores_them(name: str) -> None:
+def test_it_does_with_attacks_what_its_row_says(name: str) -> None:
     data = fit_data()
     without = FitData(data.clean, data.labels)
-    if DETECTORS[name].needs_attacks:
+    if DETECTORS[name].attacks == "needed":
         with pytest.raises(DataError, match="is fitted with attacks and there are none; name some"):
             fit(name, without)
     else:
-        assert torch.equal(fit(name, without).score(BOTH), fit(name).score(BOTH))
+        alike = torch.equal(fit(name, without).score(BOTH), fit(name).score(BOTH))
+        assert alike == (DETECTORS[name].attacks == "ignored")
 
 
 def test_its_hyper_parameters_all_have_defaults(name: str) -> None:

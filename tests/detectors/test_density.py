@@ -84,7 +84,8 @@ def test_the_two_halves_share_no_image_and_lose_none() -> None:
     rows = torch.cat([first.clean.path, second.clean.path])
     assert (len(first.clean), len(second.clean)) == (67, 33)
     assert sorted(rows[:, 0].tolist()) == sorted(data.clean.path[:, 0].tolist())
-    assert first.attacked is data.attacked
+    assert first.attacked is None
+    assert second.attacked is data.attacked
     for half in (first, second):
         positions = [int((data.clean.path == row).all(1).nonzero()) for row in half.clean.path]
         assert torch.equal(half.labels, data.labels[positions])

@@ -1,0 +1,251 @@
+"""`fused`: does everything that looked at the request agree with the answer?
+
+The backbone's own certainty, the course of evidence along its path, the witness's answer and the
+echoes' each give a few numbers about the one class that was answered. A linear judge per look weighs
+them. With attacks it learns from attacked runs; without, from counterfeits: clean runs with another
+answer put in the place of theirs, which every honest view must contradict.
+
+Beside the judge stands an alarm for paths unlike anything that the fit saw, noise and other harmless
+changes included. It is no more than that, because a judge of raw channels that tells attacks from
+clean images tells noisy images from clean ones just as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from defense.detectors.density import DensityView, fit_density_view, halves
+from defense.detectors.gaussian import Standardiser, fit_standardiser
+from defense.detectors.trajectory import TrajectoryView, fit_trajectory_view
+from defense.errors import DataError, GuardFailure
+from defense.types import LOOKS, FitData, PathLayout, Routed
+
+REACH = 10.0
+"""Standard deviations at which a view's numbers are cut off: none may outweigh all others."""
+FLOOR = 1e-6
+"""Probabilities are not told apart below this."""
+STEEP = 8.0
+"""How fast the alarm for unknown paths rises, in log-odds per unit of log-distance."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Log-odds of attacked against clean from the numbers of one look. weight: (F,); bias: ()."""
+
+    look: str
+    standardise: Standardiser
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(N, F) -> (N,)."""
+        return self.standardise(features).clamp(-REACH, REACH) @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """How far a path lies outside of all that the fit saw. limit: () largest usual excess."""
+
+    view: DensityView
+    usual: Standardiser
+    limit: Tensor
+
+    def excess(self, routed: Routed) -> Tensor:
+        """(N,) mean of the log-distances of all sites above the usual ones, in deviations."""
+        return self.usual(self.view.features(routed)).clamp(min=0).mean(dim=1)
+
+    def __call__(self, routed: Routed) -> Tensor:
+        """(N,) log-odds: strongly negative for whatever resembles the fit."""
+        return STEEP * (self.excess(routed) - self.limit) - STEEP
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Fitted fused detector: one judge for each look that the fit could show."""
+
+    name: ClassVar[str] = "fused"
+
+    trajectory: TrajectoryView
+    alarm: Alarm
+    judges: tuple[Judge, ...]
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """The looks that it can score."""
+        return tuple(judge.look for judge in self.judges)
+
+    def score(self, routed: Routed) -> Tensor:
+        """(N,) float64: log-odds of attacked against clean, or of an unknown path if those are higher."""
+        judge = next((judge for judge in self.judges if judge.look == routed.look), None)
+        if judge is None:
+            raise GuardFailure(
+                "score",
+                f"the fused detector was not fitted for the look '{routed.look}'; it knows "
+                f"{', '.join(self.looks)}",
+            )
+        doubt = judge(agreement(self.trajectory, routed))
+        return torch.logaddexp(doubt, self.alarm(routed)).double()
+
+
+@dataclass(frozen=True)
+class FusedRecipe:
+    """Hyper-parameters of the views and of the judges.
+
+    counterfeits: how many times every clean run is counterfeited where there are no attacks.
+    """
+
+    rank: int = 32
+    ridge: float = 1.0
+    temperature: float = 0.1
+    inverse_penalty: float = 0.05
+    counterfeits: int = 3
+
+    def fit(self, data: FitData, layout: PathLayout, *, seed: int) -> Fused:
+        """Fit to clean runs, to attacked ones where there are any, and to harmless changes."""
+        shape, judge = halves(data, seed)
+        trajectory = fit_trajectory_view(
+            shape, layout, ridge=self.ridge, temperature=self.temperature
+        )
+        density = fit_density_view(shape, layout, rank=self.rank)
+        harmless = [judge.clean] if judge.shifted is None else [judge.clean, judge.shifted]
+        negative = Routed.concat(harmless)
+        positive = self._attacked(judge, layout, seed)
+        judges = [
+            self._judge(look, trajectory, negative.at(look), positive.at(look), seed)
+            for look in LOOKS
+            if negative.shows(look)
+        ]
+        return Fused(trajectory, fit_alarm(density, judge.clean, negative), tuple(judges))
+
+    def _attacked(self, data: FitData, layout: PathLayout, seed: int) -> Routed:
+        """Return what the judges learn to find."""
+        if data.attacked is not None and len(data.attacked):
+            return data.attacked
+        right = data.clean.take(data.clean.predicted == data.labels)
+        if len(right) < 2:
+            raise DataError(
+                f"only {len(right)} of the clean runs are classified as their labels say, so nothing "
+                "can be counterfeited; check the labels of the data"
+            )
+        made = [counterfeit(right, layout, seed=seed + n) for n in range(self.counterfeits)]
+        return Routed.concat(made)
+
+    def _judge(
+        self, look: str, view: TrajectoryView, negative: Routed, positive: Routed, seed: int
+    ) -> Judge:
+        from sklearn.linear_model import LogisticRegression
+
+        features = [agreement(view, routed) for routed in (negative, positive)]
+        standardise = fit_standardiser(features[0])
+        x = standardise(torch.cat(features)).clamp(-REACH, REACH).double().numpy()
+        y = [0] * len(negative) + [1] * len(positive)
+        model = LogisticRegression(
+            C=self.inverse_penalty, class_weight="balanced", max_iter=3000, random_state=seed
+        ).fit(x, y)
+        weight = torch.tensor(model.coef_[0], dtype=torch.float32)
+        return Judge(look, standardise, weight, torch.tensor(model.intercept_[0]).float())
+
+
+def agreement(view: TrajectoryView, routed: Routed) -> Tensor:
+    """Return (N, F): what all that `routed` carries has to say about the class that was answered."""
+    logits = routed.logits.float()
+    answer, runner_up = logits.topk(2, dim=1).indices.unbind(1)
+    parts = [certainty(logits), view.features(routed)]
+    if routed.witness is not None:
+        parts.append(testimony(routed.witness.float(), logits, answer, runner_up))
+    if routed.echoes is not None:
+        parts.append(resonance(routed.echoes.float(), logits, answer))
+    return torch.cat(parts, dim=1)
+
+
+def certainty(logits: Tensor) -> Tensor:
+    """(N, K) -> (N, 5): log-probabilities of the three first classes, of all but the first; scale."""
+    ordered = logits.softmax(dim=1).sort(dim=1, descending=True).values
+    first = torch.nn.functional.pad(ordered, (0, 1))[:, :3]
+    doubt = 1 - ordered[:, :1]
+    return torch.cat([log(first), log(doubt), logits.logsumexp(dim=1, keepdim=True)], dim=1)
+
+
+def testimony(witness: Tensor, logits: Tensor, answer: Tensor, runner_up: Tensor) -> Tensor:
+    """(N, K) twice, (N,) twice -> (N, 6): the witness on the answer, its runner-up, the best other.
+
+    And how far that other is ahead, how sure the witness is, and the cross-entropy of both networks.
+    """
+    said = log(witness.softmax(dim=1))
+    mine, next_best = (said.gather(1, of[:, None]).squeeze(1) for of in (answer, runner_up))
+    other = said.scatter(1, answer[:, None], -torch.inf).amax(dim=1)
+    sure = (said.exp() * said).sum(dim=1)
+    shared = (logits.softmax(dim=1) * said).sum(dim=1)
+    return torch.stack([mine, next_best, other, other - mine, sure, -shared], dim=1)
+
+
+def resonance(echoes: Tensor, logits: Tensor, answer: Tensor) -> Tensor:
+    """(N, P, K), (N, K), (N,) -> (N, 2 P + 3): every echo on the answer, its lead over the best other.
+
+    And the mean and least lead, and how far the answer's log-probability fell on the way.
+    """
+    index = answer[:, None, None].expand(-1, echoes.shape[1], 1)
+    said = log(echoes.softmax(dim=2))
+    mine = said.gather(2, index).squeeze(2)
+    lead = mine - said.scatter(2, index, -torch.inf).amax(dim=2)
+    before = log(logits.softmax(dim=1)).gather(1, answer[:, None])
+    change = (mine - before).mean(dim=1, keepdim=True)
+    return torch.cat(
+        [mine, lead, lead.mean(1, keepdim=True), lead.amin(1, keepdim=True), change], dim=1
+    )
+
+
+def log(probability: Tensor) -> Tensor:
+    """Return the logarithm of what is in [0, 1], never below that of `FLOOR`."""
+    return probability.clamp(min=FLOOR).log()
+
+
+def counterfeit(routed: Routed, layout: PathLayout, *, seed: int) -> Routed:
+    """Return clean runs (N, ...) that claim an answer which is not theirs: attacks that nobody made.
+
+    The answer changes places with another class, the likelier the more the backbone leans to it.
+    From a random site on, the path is that of a run with the claimed answer, where there is one: an
+    attacked path starts as its image's and ends as its answer's. Every echo may be deceived as well.
+    The witness says what it said.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    count, rows = len(routed), torch.arange(len(routed))
+    truth = routed.predicted
+    lean = (routed.logits / 2).softmax(dim=1).clamp(min=FLOOR)
+    claim = lean.scatter(1, truth[:, None], 0.0).multinomial(1, generator=draw).squeeze(1)
+    logits = swapped(routed.logits, truth, claim)
+    path = routed.path.clone()
+    starts = torch.randint(len(layout.columns) + 1, (count,), generator=draw)
+    for label in claim.unique():
+        donors, mine = rows[truth == label], rows[claim == label]
+        if len(donors) == 0:
+            continue
+        chosen = donors[torch.randint(len(donors), (len(mine),), generator=draw)]
+        for site, columns in enumerate(layout.columns):
+            late = starts[mine] <= site
+            path[mine[late], columns] = routed.path[chosen[late], columns]
+    echoes = routed.echoes
+    if echoes is not None:
+        deceived = torch.rand(echoes.shape[:2], generator=draw) < 0.5
+        parts = [
+            torch.where(fell[:, None], swapped(echo, truth, claim), echo)
+            for fell, echo in zip(deceived.unbind(1), echoes.unbind(1), strict=True)
+        ]
+        echoes = torch.stack(parts, dim=1)
+    return replace(routed, logits=logits, path=path, echoes=echoes)
+
+
+def swapped(logits: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return logits (N, K) whose classes `one` and `other` (N,) have changed places."""
+    of_one, of_other = logits.gather(1, one[:, None]), logits.gather(1, other[:, None])
+    return logits.scatter(1, one[:, None], of_other).scatter(1, other[:, None], of_one)
+
+
+def fit_alarm(view: DensityView, clean: Routed, harmless: Routed) -> Alarm:
+    """Set the limit to the largest excess that any harmless run shows."""
+    alarm = Alarm(view, fit_standardiser(view.features(clean)), torch.tensor(0.0))
+    return replace(alarm, limit=alarm.excess(harmless).amax())
