@@ -31,6 +31,9 @@ from handlers.torchserve_process import (
 )
 from handlers.torchserve_settings import ServerSettings, render_properties
 
+_SPEECHLESS = "its worker ended without an exception"
+_LAST_WORDS_SECONDS = 10.0
+
 
 class TorchServe:
     """One running TorchServe: `with TorchServe(settings) as server: ...`."""
@@ -159,12 +162,25 @@ class TorchServe:
 
     def _raise_if_failed(self) -> None:
         """Recognise in the log, or in the end of the process, that waiting is in vain."""
-        log = self._log()
         for name, version in self._versions.items():
-            if reason := _load_failure(log, name, version):
+            if reason := self._load_failure(name, version):
                 raise self._error(f"Model '{name}' did not load: {reason}")
         if self._process is not None and self._process.poll() is not None:
             raise self._error(f"TorchServe did not start{self._reason()}")
+
+    def _load_failure(self, name: str, version: str) -> str | None:
+        """Return why a model cannot be loaded, None where nothing says that it cannot.
+
+        TorchServe may kill a worker before it has read all of its output: then the exception is in
+        the log a little later, or when the next attempt has failed.
+        """
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        while True:
+            reason = _load_failure(self._log(), name, version)
+            speechless = reason is not None and reason.startswith(_SPEECHLESS)
+            if not speechless or time.monotonic() > deadline:
+                return reason
+            time.sleep(0.2)
 
     def _reason(self) -> str:
         error = r"(?:Caused by: )?[\w.$]+(?:Exception|Error)\b.*"
@@ -257,7 +273,7 @@ def _last_error(output: list[str]) -> str:
     relayed = re.compile(r"RuntimeError: \d{3} - |ModuleNotFoundError: .*'ts\.torch_handler\.")
     telling = [line for line in errors if not relayed.match(line)] or errors
     if not telling:
-        return f"its worker ended without an exception, and said {(output or [''])[-1]!r} last"
+        return f"{_SPEECHLESS}, and said {(output or [''])[-1]!r} last"
     return re.sub(r"^defense\.errors\.\w+: ", "", telling[-1]).rstrip(".")
 
 

@@ -314,9 +314,29 @@ def test_of_a_model_that_does_not_load_the_telling_line_is_given(
     lines += [f"- Stopped Scanner - W-9000-tiny_1.5-{end}" for end in ("stdout", "stderr")]
     script = f"for line in {lines!r}:\n    print(line, flush=True)\ntime.sleep(60)"
     fake_java(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(torchserve_server, "_LAST_WORDS_SECONDS", 0.1)
     message = refusal(settings_for(archive))
     assert message.startswith("Model 'tiny' did not load: ")
     assert f"{reason} (log: " in message
+
+
+def test_an_exception_that_stands_in_the_log_only_a_little_later_is_still_found(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "server.log"
+    server = TorchServe(replace(settings_for(archive), log_file=log))
+    ended = [f"- Stopped Scanner - W-9000-tiny_1.5-{end}\n" for end in ("stdout", "stderr")]
+    log.write_text("".join(ended))
+    late = [f"W-9000-tiny_1.5-stdout MODEL_LOG - {line}\n" for line in TRACEBACK.splitlines()]
+    late.append("W-9000-tiny_1.5-stdout MODEL_LOG - ValueError: bad weights\n")
+
+    def write_a_line(_seconds: float) -> None:
+        with log.open("a") as file:
+            file.write(late.pop(0))
+
+    monkeypatch.setattr(time, "sleep", write_a_line)
+    assert server._load_failure("tiny", "1.5") == "ValueError: bad weights"
+    assert late == []
 
 
 def test_a_model_that_torchserve_refuses_is_named(
