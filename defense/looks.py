@@ -137,13 +137,11 @@ class Extras:
             echoes = self.ask_echo(model, inputs)
         return replace(routed, witness=witness, echoes=echoes).at(look)
 
-    @torch.inference_mode()
     def ask_witness(self, inputs: Tensor) -> Tensor | None:
         """Return the witness's logits (N, K), where there is one."""
         ask = self.witness
         return None if ask is None else _tried("witness", inputs, ask.logits)
 
-    @torch.inference_mode()
     def ask_echo(self, model: nn.Module, inputs: Tensor) -> Tensor | None:
         """Return the echoes (N, P, K), where the guard has any."""
         ask = self.echo

@@ -17,6 +17,8 @@ from defense.offline.progress import Silent
 from tests.coloured import SETTINGS, TINY, coloured_images, write_folder
 
 Run = Callable[..., tuple[int, str, str]]
+ATTACKED = ("--attacks", "fgsm", "--eps", "0.1")
+"""What the guard for the digits learns from."""
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def guard(archive: Path, digits: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard") / "guard"
     with pytest.MonkeyPatch.context() as patch:
-        words = ["pathguard", "fit", "--archive", archive, "--data", digits.fit, "--out", folder]
-        patch.setattr(sys, "argv", list(map(str, words)))
+        words = ["pathguard", "fit", "--archive", archive, "--data", digits.fit, *ATTACKED]
+        patch.setattr(sys, "argv", [*map(str, words), "--out", str(folder)])
         with pytest.raises(SystemExit) as stop:
             main()
     assert not stop.value.code

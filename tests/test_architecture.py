@@ -20,11 +20,12 @@ OFFLINE_ONLY = ("torchattacks", "captum", "matplotlib", "sklearn", "defense.offl
 SERVERS = ("ts", "handlers")
 
 LAYERS = (
-    ("errors", "types", "fingerprint"),
+    ("errors", "fingerprint"),
+    ("types",),
     ("sites", "config", "state", "archive"),
-    ("routers", "detectors"),
+    ("routers", "detectors", "witness"),
     ("backbone", "calibration", "payload", "live", "obstacles"),
-    ("policy", "metrics", "exporter", "wrap"),
+    ("policy", "metrics", "exporter", "wrap", "looks"),
     ("guard",),
     ("artifact", "gate"),
     ("offline",),

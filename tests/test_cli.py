@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from defense.archive import read_archive
-from defense.offline.demo.digits import DigitFolders, pack_digits
+from defense.offline.demo import digits as demo_digits
+from defense.offline.demo.digits import WITNESS, DigitFolders, pack_digits, train_witness
 from defense.offline.demo.digits_model import DigitsNet
 from tests.archives import build_archive
-from tests.cli import Run, archive, digits, guard, run
+from tests.cli import ATTACKED, Run, archive, digits, guard, run
 
 __all__ = ["archive", "digits", "guard", "run"]  # fixtures that pytest finds here
 
@@ -35,6 +37,7 @@ def test_a_guard_goes_from_fit_to_a_wrapped_archive_and_back(
     assert code == 0
     assert facts["model"] == "digits"
     assert facts["labels"] == "folders"
+    assert (facts["attacks"], facts["witness"], facts["echo"]) == (["fgsm"], None, ["shift 1"])
     assert facts["thresholds"]["flag"] == "p-value <= 0.01"
     assert "needs at least 1000 calibration images" in facts["thresholds"]["reject"]
 
@@ -46,7 +49,7 @@ def test_inspect_prints_a_table_for_people(run: Run, guard: Path) -> None:
     code, shown, _ = run("inspect", guard)
 
     assert code == 0
-    assert "density" in shown
+    assert "fused" in shown
     assert "layers.3#0 (16)" in shown
 
 
@@ -54,7 +57,8 @@ def test_the_same_seed_gives_the_same_artefact(
     run: Run, archive: Path, digits: DigitFolders, guard: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
-    assert run("fit", "--archive", archive, "--data", digits.fit, "--out", again)[0] == 0
+    words = ("--archive", archive, "--data", digits.fit, *ATTACKED)
+    assert run("fit", *words, "--out", again)[0] == 0
 
     for name in ("guard.json", "tensors.safetensors"):
         assert (again / name).read_bytes() == (guard / name).read_bytes()
@@ -120,6 +124,26 @@ def test_a_supervised_guard_is_fitted_with_the_attacks_that_are_named(
     assert (
         json.loads((tmp_path / "guard" / "guard.json").read_text())["facts"]["attacked_images"] > 50
     )
+
+
+def test_a_witness_is_named_by_its_card_and_asked_for_in_the_guard(
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    card = tmp_path / "witness.json"
+    settings = replace(WITNESS.settings, epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_digits, "WITNESS", replace(WITNESS, settings=settings))
+        train_witness(digits, card, seed=0)
+    words = ("--archive", archive, "--data", digits.fit, "--limit", 200, "--witness", card)
+
+    refused = run("fit", *words, "--detector", "density", "--out", tmp_path / "none")
+    code, _, said = run("fit", *words, "--out", tmp_path / "guard")
+    shown = json.loads(run("inspect", tmp_path / "guard", "--json")[1])
+
+    assert (refused[0], "'density' does not look at a witness" in refused[2]) == (1, True)
+    assert code == 0
+    assert "witness witness.json, second look by shift 1" in said
+    assert shown["witness"]["card"] == "witness.json"
 
 
 def test_unlabelled_images_will_do_and_the_output_says_so(

@@ -141,7 +141,8 @@ def test_settings_that_leave_no_look_are_an_error() -> None:
 
 def test_doubtful_rows_come_most_doubtful_first() -> None:
     extras = Extras(echo=ECHO)
-    plan = make_plan(ModelSettings(), calibrations("path", "path+echoes"), extras)
+    settings = ModelSettings.model_validate({"second_look": {"below_p": 0.2}})
+    plan = make_plan(settings, calibrations("path", "path+echoes"), extras)
     scores = torch.tensor([85.0, 3.0, 99.5, 85.0, 79.0])
     scored = plan.calibration.rank(scores, torch.zeros(5).long())
     assert plan.doubtful(scored).tolist() == [2, 0, 3]

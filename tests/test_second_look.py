@@ -122,11 +122,16 @@ def test_doubtful_requests_are_ranked_by_both_looks_and_the_others_by_the_first(
     images = digits.images[ROWS]
     expected = by_hand(seeing, net, images, first, second)
     service = serve(witness=witness)
+    with GatedBackbone(net, seeing.router) as gated:
+        complete = collect_inputs(net, gated, images, seeing.extras)
+    judged = seeing.judge(complete, ModelSettings.model_validate(BASE | {"witness": witness}))
+    assert judged.scored.p_value.tolist() == pytest.approx(expected)
     outcomes = service.pass_batch([png(image) for image in images])
     doubtful = sum(p <= 0.5 for p in expected)
     assert 0 < doubtful < len(images)
     assert p_values(outcomes) == pytest.approx(expected, abs=1.5 / (CALIBRATED_ON + 1))
     assert service.second_looks() == (doubtful, 0, 0)
+    assert (judged.taken, judged.out_of_time, judged.failed) == (doubtful, 0, 0)
     with torch.inference_mode():
         guarded = service.attached(images)
     assert guarded.scored.p_value.tolist() == pytest.approx(expected, abs=1.5 / 301)

@@ -74,8 +74,15 @@ def fit(
         str, typer.Option(help="How paths are taken: see the README.")
     ] = "activation",
     detector: Annotated[
-        str, typer.Option(help="density, trajectory, overlap, supervised.")
-    ] = "density",
+        str, typer.Option(help="fused, density, trajectory, overlap, supervised.")
+    ] = "fused",
+    witness: Annotated[
+        Path | None,
+        typer.Option(
+            help="The card of a second network for the same classes, made by 'pathguard train "
+            "--method consistent'. It is asked about every request; 'fused' weighs what it says."
+        ),
+    ] = None,
     statistics: Annotated[
         str | None,
         typer.Option(help="Channel statistics of 'activation': mean (default), max, deviation."),
@@ -84,7 +91,12 @@ def fit(
         str | None, typer.Option(help="Observe only these modules, separated by commas.")
     ] = None,
     attacks: Annotated[
-        str | None, typer.Option(help="Attacks for detectors that are fitted with them.")
+        str | None,
+        typer.Option(
+            help="Attacks to learn from, separated by commas, such as fgsm_8,pgd_2,cw_0; 'supervised' "
+            "needs some. Without any, 'fused' learns from clean runs whose answer it exchanges; with "
+            "them it finds more of their kind and of small ones, and the fit takes minutes longer."
+        ),
     ] = None,
     eps: Eps = "8/255",
     part: Part = None,
@@ -99,7 +111,8 @@ def fit(
     Example: `pathguard fit --archive model.mar --data images/ --out guard/`
     """
     from defense.artifact import save_guard
-    from defense.offline.fit import FitOptions, fit_archive
+    from defense.offline.attacks import make_attack
+    from defense.offline.fit import FitOptions, fit_archive, fit_steps
     from defense.offline.progress import bar
 
     options = FitOptions(
@@ -109,15 +122,24 @@ def fit(
         sites=_words(sites) if sites else None,
         seed=seed,
     )
+    chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks or "")]
     images = _images(data, part).shuffled(seed, limit)
-    with _opened(archive) as served, bar(console, "Fitting", len(images)) as progress:
-        attack = _fit_attack(served, attacks, _eps(eps), seed) if attacks else None
-        guard = fit_archive(served, images, options=options, attack=attack, progress=progress)
+    steps = fit_steps(len(images), options, len(chosen))
+    with _opened(archive) as served, bar(console, "Fitting", steps) as progress:
+        guard = fit_archive(
+            served,
+            images,
+            options=options,
+            witness=witness.absolute() if witness else None,
+            attacks=chosen,
+            progress=progress,
+        )
     save_guard(guard, out)
     facts = guard.facts
     console.print(
         f"Guard written to {out}: {len(guard.router.layout.sites)} sites, "
         f"{guard.router.layout.length} columns, detector '{guard.detector.name}', "
+        f"{_extras(facts)}, "
         f"{facts['fit_images']} images fitted, {facts['calibration_images']} calibrated "
         f"(smallest target rate {facts['smallest_target_fpr']:.2g}), labels: {facts['labels']}"
         + (f" ({facts['note']})." if "note" in facts else ".")
@@ -341,12 +363,13 @@ def evaluate(
     from defense.cli.show import print_report
     from defense.offline.attacks import make_attack
     from defense.offline.evaluate import evaluate as measure
+    from defense.offline.evaluate import evaluation_steps
     from defense.offline.progress import bar
 
     fitted = load_guard(guard)
     chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks)]
     images = _images(data, part).shuffled(seed, limit)
-    steps = len(images) * (1 + 2 * len(chosen))
+    steps = evaluation_steps(len(images), len(chosen))
     with _opened(archive) as served, bar(console, "Evaluating", steps) as progress:
         result = measure(
             served,
@@ -369,10 +392,14 @@ def _images(data: Path, part: str | None) -> ImageSet:
     images = read_images(data)
     if part is None:
         return images
-    number, _, parts = part.partition("/")
-    if not (number.isdecimal() and parts.isdecimal()):
-        raise ConfigError(f"--part takes a number of parts such as 1/2, not '{part}'")
-    return images.part(int(number), int(parts))
+    numbers, _, parts = part.partition("/")
+    first, _, last = numbers.partition("-")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and parts.isdecimal()):
+        raise ConfigError(
+            f"--part takes one of several parts such as 1/2, or some such as 1-4/5, not '{part}'"
+        )
+    return images.part(int(first), int(parts), last=int(last))
 
 
 @contextmanager
@@ -386,12 +413,10 @@ def _opened(archive: Path) -> Iterator[Any]:
         yield served
 
 
-def _fit_attack(served: Any, names: str, eps: float, seed: int) -> Any:
-    from defense.offline.attacks import make_attack
-    from defense.offline.pixels import attack_payloads
-
-    chosen = [make_attack(name, eps=eps) for name in _words(names)]
-    return lambda payloads, labels: attack_payloads(served, payloads, labels, chosen, seed=seed)
+def _extras(facts: dict[str, Any]) -> str:
+    witness, echo = facts["witness"], ", ".join(facts["echo"])
+    asked = f"witness {witness['card']}" if witness else "no witness"
+    return f"{asked}, {f'second look by {echo}' if echo else 'no second look'}"
 
 
 def _words(text: str) -> tuple[str, ...]:

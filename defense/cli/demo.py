@@ -27,8 +27,14 @@ from defense.cli.client import Answer, send
 from defense.offline.attacks import make_attack, uniform_noise
 from defense.offline.collect import backbone_inputs
 from defense.offline.data import ImageSet, read_images
-from defense.offline.demo.digits import EPOCHS, pack_digits, train_digits, write_digits
-from defense.offline.fit import FitOptions, fit_archive
+from defense.offline.demo.digits import (
+    EPOCHS,
+    pack_digits,
+    train_digits,
+    train_witness,
+    write_digits,
+)
+from defense.offline.fit import FitOptions, fit_archive, fit_steps
 from defense.offline.pixels import find_pixel_space
 from defense.offline.progress import bar
 from defense.wrap import wrap_archive
@@ -115,18 +121,19 @@ def run_demo(
 
 def _prepare(console: Console, work: Path, seed: int, summary: Summary) -> list[Traffic]:
     """Train, archive, fit and wrap; return the requests to send."""
-    folders = write_digits(work / "digits", seed=seed)
+    folders, witness = write_digits(work / "digits", seed=seed), work / "witness.json"
     with bar(console, "Training a small network", EPOCHS) as progress:
         net = train_digits(folders.train, seed=seed, progress=progress)
     stock = work / "digits.mar"
     pack_digits(net, stock)
+    with console.status("Training a witness, which is asked beside it"):
+        train_witness(folders, witness, seed=seed)
     images, test = read_images(folders.fit), read_images(folders.test)
+    options = FitOptions(seed=seed)
     with open_archive(stock, work / "unpacked") as served:
-        with bar(console, "Fitting a guard", len(images)) as progress:
-            options = FitOptions(seed=seed)
-            save_guard(
-                fit_archive(served, images, options=options, progress=progress), work / "guard"
-            )
+        with bar(console, "Fitting a guard", fit_steps(len(images), options, 0)) as progress:
+            guard = fit_archive(served, images, options=options, witness=witness, progress=progress)
+        save_guard(guard, work / "guard")
         traffic = _traffic(console, served, test, seed, summary)
     wrap_archive(
         stock,

@@ -20,7 +20,9 @@ Data = Annotated[
 Seed = Annotated[int, typer.Option(help="The same seed gives the same artefact.")]
 Part = Annotated[
     str | None,
-    typer.Option(help="Use one of several disjoint parts of the images only, such as 1/2."),
+    typer.Option(
+        help="Use one of several disjoint parts of the images only, or some: such as 1/2 or 1-4/5."
+    ),
 ]
 Eps = Annotated[
     str, typer.Option(help="Largest change of a pixel, of 1 or as a fraction such as 8/255.")

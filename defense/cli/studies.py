@@ -144,6 +144,10 @@ def benchmark(
         typer.Option(help="Card of a network that transfer attacks start from, several times."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where tables and the report go.")] = Path("benchmarks"),
+    guard: Annotated[
+        Path | None,
+        typer.Option(help="Where the guard that was judged goes, with its report card."),
+    ] = None,
     kept: Annotated[
         Path, typer.Option(help="What was measured lies here; a run that was stopped goes on.")
     ] = Path("runs/benchmark"),
@@ -159,15 +163,17 @@ def benchmark(
     from defense.cli.benchmark import BenchmarkRequest, run_benchmark
     from defense.offline.progress import bar
 
+    # Absolute, because a handler that is opened offline finds itself in its own folder.
     request = BenchmarkRequest(
-        archive,
+        archive.absolute(),
         data,
-        witness,
-        tuple(surrogate or ()),
-        kept,
-        out,
+        witness and witness.absolute(),
+        tuple(card.absolute() for card in surrogate or ()),
+        kept.absolute(),
+        out.absolute(),
         "pathguard " + shlex.join(sys.argv[1:]),
         seed,
+        guard.absolute() if guard else None,
     )
     with bar(console, "Images attacked and run", None) as progress:
         run_benchmark(request, console, progress)

@@ -12,6 +12,7 @@ clean images tells noisy images from clean ones just as well.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,21 +23,26 @@ from defense.detectors.density import DensityView, fit_density_view, halves
 from defense.detectors.gaussian import Standardiser, fit_standardiser
 from defense.detectors.trajectory import TrajectoryView, fit_trajectory_view
 from defense.errors import DataError, GuardFailure
-from defense.types import LOOKS, FitData, PathLayout, Routed
+from defense.types import LOOKS, FitData, PathLayout, Routed, carries
 
 REACH = 10.0
 """Standard deviations at which a view's numbers are cut off: none may outweigh all others."""
 FLOOR = 1e-6
 """Probabilities are not told apart below this."""
+LOWEST = math.log(FLOOR)
 STEEP = 8.0
-"""How fast the alarm for unknown paths rises, in log-odds per unit of log-distance."""
+"""How fast the alarm for unknown paths rises, in log-odds per deviation of the log-distances."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Log-odds of attacked against clean from the numbers of one look. weight: (F,); bias: ()."""
+    """Log-odds of attacked against clean from the numbers of one look. weight: (F,); bias: ().
+
+    course: whether the course of evidence along the path is among the numbers.
+    """
 
     look: str
+    course: bool
     standardise: Standardiser
     weight: Tensor
     bias: Tensor
@@ -79,7 +85,7 @@ class Fused:
         return tuple(judge.look for judge in self.judges)
 
     def score(self, routed: Routed) -> Tensor:
-        """(N,) float64: log-odds of attacked against clean, or of an unknown path if those are higher."""
+        """(N,) float64: log-odds of attacked against clean, or of an unknown path if higher."""
         judge = next((judge for judge in self.judges if judge.look == routed.look), None)
         if judge is None:
             raise GuardFailure(
@@ -87,7 +93,7 @@ class Fused:
                 f"the fused detector was not fitted for the look '{routed.look}'; it knows "
                 f"{', '.join(self.looks)}",
             )
-        doubt = judge(agreement(self.trajectory, routed))
+        doubt = judge(agreement(self.trajectory if judge.course else None, routed))
         return torch.logaddexp(doubt, self.alarm(routed)).double()
 
 
@@ -113,18 +119,20 @@ class FusedRecipe:
         density = fit_density_view(shape, layout, rank=self.rank)
         harmless = [judge.clean] if judge.shifted is None else [judge.clean, judge.shifted]
         negative = Routed.concat(harmless)
-        positive = self._attacked(judge, layout, seed)
+        positive, real = self._positive(judge, layout, seed)
+        # A counterfeit does not know the course of a real attack: it is the last resort.
         judges = [
-            self._judge(look, trajectory, negative.at(look), positive.at(look), seed)
+            self._judge(look, trajectory, course, negative.at(look), positive.at(look), seed)
             for look in LOOKS
             if negative.shows(look)
+            for course in [real or not carries(look, "witness")]
         ]
         return Fused(trajectory, fit_alarm(density, judge.clean, negative), tuple(judges))
 
-    def _attacked(self, data: FitData, layout: PathLayout, seed: int) -> Routed:
-        """Return what the judges learn to find."""
+    def _positive(self, data: FitData, layout: PathLayout, seed: int) -> tuple[Routed, bool]:
+        """Return what the judges learn to find, and whether it is real attacks."""
         if data.attacked is not None and len(data.attacked):
-            return data.attacked
+            return data.attacked, True
         right = data.clean.take(data.clean.predicted == data.labels)
         if len(right) < 2:
             raise DataError(
@@ -132,14 +140,20 @@ class FusedRecipe:
                 "can be counterfeited; check the labels of the data"
             )
         made = [counterfeit(right, layout, seed=seed + n) for n in range(self.counterfeits)]
-        return Routed.concat(made)
+        return Routed.concat(made), False
 
     def _judge(
-        self, look: str, view: TrajectoryView, negative: Routed, positive: Routed, seed: int
+        self,
+        look: str,
+        view: TrajectoryView,
+        course: bool,
+        negative: Routed,
+        positive: Routed,
+        seed: int,
     ) -> Judge:
         from sklearn.linear_model import LogisticRegression
 
-        features = [agreement(view, routed) for routed in (negative, positive)]
+        features = [agreement(view if course else None, run) for run in (negative, positive)]
         standardise = fit_standardiser(features[0])
         x = standardise(torch.cat(features)).clamp(-REACH, REACH).double().numpy()
         y = [0] * len(negative) + [1] * len(positive)
@@ -147,14 +161,19 @@ class FusedRecipe:
             C=self.inverse_penalty, class_weight="balanced", max_iter=3000, random_state=seed
         ).fit(x, y)
         weight = torch.tensor(model.coef_[0], dtype=torch.float32)
-        return Judge(look, standardise, weight, torch.tensor(model.intercept_[0]).float())
+        return Judge(look, course, standardise, weight, torch.tensor(model.intercept_[0]).float())
 
 
-def agreement(view: TrajectoryView, routed: Routed) -> Tensor:
-    """Return (N, F): what all that `routed` carries has to say about the class that was answered."""
+def agreement(view: TrajectoryView | None, routed: Routed) -> Tensor:
+    """Return (N, F): what all that `routed` carries has to say about the class that was answered.
+
+    view: reads the course of evidence along the path; None leaves it out.
+    """
     logits = routed.logits.float()
     answer, runner_up = logits.topk(2, dim=1).indices.unbind(1)
-    parts = [certainty(logits), view.features(routed)]
+    parts = [certainty(logits)]
+    if view is not None:
+        parts.append(view.features(routed))
     if routed.witness is not None:
         parts.append(testimony(routed.witness.float(), logits, answer, runner_up))
     if routed.echoes is not None:
@@ -164,10 +183,10 @@ def agreement(view: TrajectoryView, routed: Routed) -> Tensor:
 
 def certainty(logits: Tensor) -> Tensor:
     """(N, K) -> (N, 5): log-probabilities of the three first classes, of all but the first; scale."""
-    ordered = logits.softmax(dim=1).sort(dim=1, descending=True).values
-    first = torch.nn.functional.pad(ordered, (0, 1))[:, :3]
-    doubt = 1 - ordered[:, :1]
-    return torch.cat([log(first), log(doubt), logits.logsumexp(dim=1, keepdim=True)], dim=1)
+    ordered = logits.log_softmax(dim=1).sort(dim=1, descending=True).values
+    first = torch.nn.functional.pad(ordered, (0, 1), value=LOWEST)[:, :3]
+    doubt = ordered[:, 1:].logsumexp(dim=1, keepdim=True)
+    return torch.cat([floored(first), floored(doubt), logits.logsumexp(dim=1, keepdim=True)], dim=1)
 
 
 def testimony(witness: Tensor, logits: Tensor, answer: Tensor, runner_up: Tensor) -> Tensor:
@@ -175,7 +194,7 @@ def testimony(witness: Tensor, logits: Tensor, answer: Tensor, runner_up: Tensor
 
     And how far that other is ahead, how sure the witness is, and the cross-entropy of both networks.
     """
-    said = log(witness.softmax(dim=1))
+    said = floored(witness.log_softmax(dim=1))
     mine, next_best = (said.gather(1, of[:, None]).squeeze(1) for of in (answer, runner_up))
     other = said.scatter(1, answer[:, None], -torch.inf).amax(dim=1)
     sure = (said.exp() * said).sum(dim=1)
@@ -189,19 +208,20 @@ def resonance(echoes: Tensor, logits: Tensor, answer: Tensor) -> Tensor:
     And the mean and least lead, and how far the answer's log-probability fell on the way.
     """
     index = answer[:, None, None].expand(-1, echoes.shape[1], 1)
-    said = log(echoes.softmax(dim=2))
+    said = floored(echoes.log_softmax(dim=2))
     mine = said.gather(2, index).squeeze(2)
     lead = mine - said.scatter(2, index, -torch.inf).amax(dim=2)
-    before = log(logits.softmax(dim=1)).gather(1, answer[:, None])
+    before = floored(logits.log_softmax(dim=1)).gather(1, answer[:, None])
     change = (mine - before).mean(dim=1, keepdim=True)
     return torch.cat(
         [mine, lead, lead.mean(1, keepdim=True), lead.amin(1, keepdim=True), change], dim=1
     )
 
 
-def log(probability: Tensor) -> Tensor:
-    """Return the logarithm of what is in [0, 1], never below that of `FLOOR`."""
-    return probability.clamp(min=FLOOR).log()
+def floored(said: Tensor) -> Tensor:
+    """Return log-probabilities that are never below that of `FLOOR`."""
+    # Bounded on both sides, which is how tests of a guard tell a cut-off, and let gradients pass it.
+    return said.clamp(LOWEST, 0.0)
 
 
 def counterfeit(routed: Routed, layout: PathLayout, *, seed: int) -> Routed:

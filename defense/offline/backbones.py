@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from defense.errors import ArtifactError, ConfigError
@@ -42,6 +43,7 @@ def train_backbone(
     checkpoint: Path,
     command: str,
     start: Path | None = None,
+    console: Console | None = None,
 ) -> Evaluation:
     """Train on `train/CLASS/*` of `source`, write weights and card, return the test evaluation.
 
@@ -64,6 +66,7 @@ def train_backbone(
         checkpoint=checkpoint,
         objective=method.objective,
         validation=test,
+        console=console,
     )
     weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     if method.half:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from defense.backbone import GatedBackbone
 from defense.errors import ArchiveError, DataError, GuardFailure
-from defense.guard import InputSpec
+from defense.guard import InputSpec, inputs_of
+from defense.looks import Extras
 from defense.offline.progress import Progress
 from defense.routers import OfflineRouter, Router, serves
 from defense.sites import device_of, discover_sites, first_tensor
@@ -32,10 +33,21 @@ class Served(Protocol):
         ...
 
 
+PATH_ALONE = Extras()
+"""Nothing to look at beside the path."""
+
+
 def collect(
-    served: Served, gated: GatedBackbone, payloads: Iterable[bytes], progress: Progress
+    served: Served,
+    gated: GatedBackbone,
+    payloads: Iterable[bytes],
+    progress: Progress,
+    extras: Extras = PATH_ALONE,
 ) -> Routed:
-    """Return the runs of all payloads, on the CPU. DataError names the first that cannot be read."""
+    """Return the runs of all payloads, with all `extras`, on the CPU.
+
+    DataError names the first payload that cannot be read.
+    """
     parts: list[Routed] = []
     for batch in _batches(payloads):
         with gated.record() as recording:
@@ -49,16 +61,20 @@ def collect(
                 f"the handler runs its backbone on {len(routed)} rows for {len(batch)} requests; "
                 "only one row per request can be guarded"
             )
-        parts.append(_own(routed))
+        inputs = inputs_of(recording, len(batch))
+        parts.append(_own(_shown(extras, routed, served.backbone, inputs)))
         progress.advance(len(batch))
     return Routed.concat(parts)
 
 
-def collect_inputs(model: nn.Module, gated: GatedBackbone, inputs: Tensor) -> Routed:
-    """Return the runs of backbone inputs (N, ...), on the CPU."""
+def collect_inputs(
+    model: nn.Module, gated: GatedBackbone, inputs: Tensor, extras: Extras = PATH_ALONE
+) -> Routed:
+    """Return the runs of backbone inputs (N, ...), with all `extras`, on the CPU."""
     device = device_of(model)
     with torch.inference_mode():
-        return Routed.concat([_own(gated.run(part.to(device))) for part in inputs.split(BATCH)])
+        batches = (part.to(device) for part in inputs.split(BATCH))
+        return Routed.concat([_own(_shown(extras, gated.run(x), model, x)) for x in batches])
 
 
 def route(model: nn.Module, router: Router, inputs: Tensor) -> Routed:
@@ -127,10 +143,31 @@ def _answer(served: Served, batch: Sequence[bytes]) -> None:
         ) from error
 
 
+def _shown(extras: Extras, routed: Routed, model: nn.Module, inputs: Tensor | None) -> Routed:
+    if inputs is None:
+        if extras.look != "path":
+            raise ArchiveError(
+                "the handler does not give its backbone one input row per request by position; "
+                "fit a guard without a witness and without a second look"
+            )
+        return routed
+    try:
+        with torch.inference_mode():
+            return extras.show(extras.look, routed, model, inputs)
+    except GuardFailure as error:
+        raise ArchiveError(
+            f"this backbone's inputs do not suit the guard's witness or second look: {error}; "
+            "both read images (N, C, H, W)"
+        ) from error
+
+
 def _own(routed: Routed) -> Routed:
     """Take a run out of inference mode, so that it can be fitted to."""
     with torch.inference_mode(False):
-        return Routed(routed.logits.cpu().float().clone(), routed.path.cpu().clone())
+        run = routed.cpu()
+        echoes = None if run.echoes is None else run.echoes.float().clone()
+        witness = None if run.witness is None else run.witness.clone()
+        return Routed(run.logits.float().clone(), run.path.clone(), witness, echoes)
 
 
 def _batches(payloads: Iterable[bytes]) -> Iterator[list[bytes]]:

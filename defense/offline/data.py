@@ -45,20 +45,23 @@ class ImageSet:
         labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
         return ImageSet(self.root, tuple(self.names[i] for i in indices), labels, self.class_names)
 
-    def part(self, number: int, parts: int) -> ImageSet:
+    def part(self, number: int, parts: int, *, last: int | None = None) -> ImageSet:
         """Return the images of part `number`, from 1, of `parts` disjoint ones of about one size.
 
-        An image's own name decides, so that it lies in the same part wherever the data lies.
+        last: those of all parts from `number` to this one. An image's own name decides, so that it
+        lies in the same part wherever the data lies.
         """
-        if not 1 <= number <= parts:
+        last = number if last is None else last
+        if not 1 <= number <= last <= parts:
+            wanted = f"{number}" if last == number else f"{number}-{last}"
             raise DataError(
-                f"there is no part {number} of {parts}; name one such as 1/2, from 1/{parts} to "
-                f"{parts}/{parts}"
+                f"there is no part {wanted} of {parts}; name one such as 1/2, from 1/{parts} to "
+                f"{parts}/{parts}, or several such as 1-{parts}/{parts}"
             )
         keys = ["/".join(PurePosixPath(name).parts[-2:]).encode() for name in self.names]
         digests = [blake2b(key, digest_size=4).digest() for key in keys]
         return self.take(
-            [i for i, d in enumerate(digests) if int.from_bytes(d) % parts == number - 1]
+            [i for i, d in enumerate(digests) if number <= int.from_bytes(d) % parts + 1 <= last]
         )
 
     def shuffled(self, seed: int, limit: int | None = None) -> ImageSet:

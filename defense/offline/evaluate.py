@@ -1,7 +1,9 @@
 """How good is a guard? Clean images, attacked ones, controls and baselines, on images no fit has seen.
 
 The protocol of the field's critics: only images that the network gets right, only attacks that
-succeed, thresholds fixed on calibration data, and beside every attack the noise of its own norm.
+succeed, thresholds fixed on calibration data, and beside every attack the noise of its own norm; also
+images changed by chance, not by anybody. P-values are those that a server would give that has the
+time for every second look that it owes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from defense.backbone import GatedBackbone
 from defense.errors import DataError
 from defense.guard import Guard, check_backbone
 from defense.offline.attacks import Attack, uniform_noise
+from defense.offline.benchmark.metrics import auroc
+from defense.offline.benchmark.shifts import SHIFTS
 from defense.offline.collect import Served, backbone_inputs, collect, collect_inputs
 from defense.offline.data import ImageSet
 from defense.offline.fit import label_rows, versions
@@ -26,6 +30,7 @@ from defense.types import Routed
 
 PROBE_EPS = 8 / 255
 TARGETS = (0.05, 0.01, 0.001)
+SHIFT_LEVELS = (1, 2)
 GUARDED_AT = 0.01
 """Target false-positive rate at which `guarded_success_rate` is given."""
 
@@ -41,7 +46,12 @@ class Bench:
     progress: Progress
 
     def routed(self, payloads: Sequence[bytes]) -> Routed:
-        return collect(self.served, self.gated, payloads, self.progress)
+        return collect(self.served, self.gated, payloads, self.progress, self.guard.extras)
+
+    def routed_inputs(self, inputs: Tensor) -> Routed:
+        runs = collect_inputs(self.served.backbone, self.gated, inputs, self.guard.extras)
+        self.progress.advance(len(runs))
+        return runs
 
 
 def evaluate(
@@ -108,7 +118,7 @@ def _attacked(
     def run(changed: Tensor) -> Routed:
         if as_images:
             return bench.routed(space.pngs(changed))
-        return collect_inputs(bench.served.backbone, bench.gated, space.to_input(changed))
+        return bench.routed_inputs(space.to_input(changed))
 
     for attack in attacks:
         changed = attack.run(model, pixels, labels[right], seed=seed)
@@ -123,27 +133,40 @@ def _attacked(
             "fpr": _hit_rates(bench.guard, noisy),
         }
         for name, baseline in BASELINES.items():
-            value = auroc(baseline(clean.take(right)), baseline(attacked.take(won)))
+            value = _auroc(baseline(clean.take(right)), baseline(attacked.take(won)))
             report["baselines"][name][attack.name] = value
+    for shift, change in SHIFTS.items():
+        for level in SHIFT_LEVELS:
+            runs = run(change(pixels, level, seed))
+            row = {"n": len(runs), "fpr": _hit_rates(bench.guard, runs)}
+            report["controls"][f"{shift} level {level}"] = row
 
 
 def _clean(guard: Guard, clean: Routed, right: Tensor) -> dict[str, Any]:
+    share = guard.judge(clean).taken / len(clean)
+    passes = len(guard.echo.perturbations) if guard.echo is not None else 0
     return {
         "n": len(clean),
         "accuracy": round(right.double().mean().item(), 4),
         "realised_fpr": _hit_rates(guard, clean),
+        "second_look": round(share, 4),
+        "extra_passes": round(share * passes, 4),
     }
 
 
 def _attack_row(guard: Guard, clean: Routed, attacked: Routed, won: Tensor) -> dict[str, Any]:
-    """Describe one attack on images that the network got right; `won` (N,) marks its successes."""
-    scored = guard.score(attacked)
-    got_through = won & (scored.p_value > GUARDED_AT)
+    """Describe one attack on images that the network got right; `won` (N,) marks its successes.
+
+    `auroc` is that of requests as they are served, `auroc_all_looks` that of the score of all looks
+    at every request: what a second look could add if it were given to all.
+    """
+    got_through = won & (guard.judge(attacked).scored.p_value > GUARDED_AT)
     failed = attacked.take(~won)
     return {
         "n": len(attacked),
         "success_rate": round(won.double().mean().item(), 4),
-        "auroc": auroc(guard.score(clean).score, scored.score[won]),
+        "auroc": _auroc(*suspicion(guard, clean, attacked.take(won))),
+        "auroc_all_looks": _auroc(guard.score(clean).score, guard.score(attacked.take(won)).score),
         "tpr": _hit_rates(guard, attacked.take(won)),
         "guarded_success_rate": round(got_through.double().mean().item(), 4),
         "failed": {"n": len(failed), "flagged": _hit_rates(guard, failed)},
@@ -154,7 +177,7 @@ def _hit_rates(guard: Guard, routed: Routed) -> dict[str, float | None]:
     """Share of rows at or below each target rate; None where calibration is too small, or no row."""
     if len(routed) == 0:
         return {str(target): None for target in TARGETS}
-    p_value = guard.score(routed).p_value
+    p_value = guard.judge(routed).scored.p_value
     return {
         str(target): round((p_value <= target).double().mean().item(), 4)
         if guard.calibration.count >= 1 / target
@@ -163,15 +186,26 @@ def _hit_rates(guard: Guard, routed: Routed) -> dict[str, float | None]:
     }
 
 
-def auroc(negative: Tensor, positive: Tensor) -> float | None:
-    """Return P(positive > negative) + P(equal) / 2; None where either is empty."""
-    if len(negative) == 0 or len(positive) == 0:
-        return None
-    ordered = negative.double().sort().values
-    value = positive.double()
-    below = torch.searchsorted(ordered, value, right=False)
-    upto = torch.searchsorted(ordered, value, right=True)
-    return round(((below + upto).double() / 2 / len(ordered)).mean().item(), 4)
+def suspicion(guard: Guard, *runs: Routed) -> list[Tensor]:
+    """Return what orders requests, larger = more suspicious: by p-value, and by score where that ties.
+
+    A p-value ranks requests of either look; beyond the last calibration score all have the same.
+    """
+    judged = [guard.judge(routed).scored.p_value for routed in runs]
+    scores = [guard.score(routed).score for routed in runs]
+    both = torch.stack([-torch.cat(judged), torch.cat(scores)], dim=1)
+    _, order = both.unique(dim=0, return_inverse=True)
+    return list(order.double().split([len(routed) for routed in runs]))
+
+
+def evaluation_steps(count: int, attacks: int) -> int:
+    """Return how far `evaluate` advances its progress at most, given so many images and attacks."""
+    return count * (1 + 2 * attacks + (len(SHIFTS) * len(SHIFT_LEVELS) if attacks else 0))
+
+
+def _auroc(negative: Tensor, positive: Tensor) -> float | None:
+    value = auroc(negative, positive)
+    return None if value is None else round(value, 4)
 
 
 def _labels(guard: Guard, images: ImageSet, clean: Routed) -> Tensor:

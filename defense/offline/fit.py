@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +14,30 @@ from torch import Tensor, nn
 
 from defense.backbone import GatedBackbone
 from defense.calibration import Calibration
-from defense.detectors import DetectorKind, detector_named
+from defense.detectors import Detector, DetectorKind, detector_named
 from defense.errors import ConfigError, DataError
 from defense.fingerprint import fingerprint
 from defense.guard import Guard, InputSpec
-from defense.offline.collect import Served, backbone_inputs, collect, collect_inputs, input_spec
+from defense.looks import Extras
+from defense.offline.attacks import Attack
+from defense.offline.collect import (
+    PATH_ALONE,
+    Served,
+    backbone_inputs,
+    collect,
+    collect_inputs,
+    input_spec,
+)
 from defense.offline.data import ImageSet
+from defense.offline.extras import SAMPLE, describe_extras, make_extras
+from defense.offline.harmless import CHANGES
+from defense.offline.pixels import PixelSpace
 from defense.offline.progress import Progress, Silent
+from defense.offline.twins import SHIFTED, Maker, pixel_space, successes
 from defense.routers import ForwardRouter, Router, RouterRecipe, check_serves, router_named, serves
 from defense.routers.activation import ActivationRecipe
 from defense.sites import device_of
-from defense.types import FitData, Routed
+from defense.types import LOOKS, FitData, Routed, carries
 
 MIN_IMAGES = 100
 EXAMPLES = 8
@@ -37,7 +51,7 @@ class FitOptions:
     """
 
     router: str = "activation"
-    detector: str = "density"
+    detector: str = "fused"
     statistics: tuple[str, ...] | None = None
     sites: tuple[str, ...] | None = None
     calibration_share: float = 0.5
@@ -54,6 +68,16 @@ class FitOptions:
         """Return the recipe of the router."""
         return make_recipe(self.router, self.statistics)
 
+    @property
+    def kind(self) -> DetectorKind:
+        """The detector's row in the table."""
+        return detector_named(self.detector)
+
+    @property
+    def looks_beyond(self) -> bool:
+        """Whether the detector looks at more than the path."""
+        return hasattr(self.kind.fitted, "looks")
+
 
 def fit_module(
     model: nn.Module,
@@ -62,11 +86,13 @@ def fit_module(
     options: FitOptions | None = None,
     class_names: Sequence[str] = (),
     attack: Callable[[Tensor, Tensor], Tensor] | None = None,
+    extras: Extras | None = None,
 ) -> Guard:
     """Fit a guard to a module and batches of its inputs, (x, y) or x alone.
 
-    Without labels the network's own answers stand in. attack: returns attacked inputs for (x, y);
-    only detectors that are fitted with attacks use it.
+    Without labels the network's own answers stand in. attack: returns attacked inputs for (x, y), of
+    one half of the fit; detectors that ignore attacks do not call it. extras: a witness and an echo,
+    for detectors that look at them; None: no witness, and an echo where one suits the inputs.
     """
     options = options or FitOptions()
     inputs, labels = _stack(batches)
@@ -76,20 +102,21 @@ def fit_module(
     router_rows, fit_rows = share_rows(fit_rows, recipe)
     seen = inputs[router_rows] if recipe.examples else inputs[:EXAMPLES]
     router = serving(fit_router(model, recipe, seen, sites=options.sites, seed=options.seed))
+    if extras is None:
+        extras = _extras(model, inputs[fit_rows[:SAMPLE]], options)
     with GatedBackbone(model, router) as gated:
-        clean = collect_inputs(model, gated, inputs[fit_rows])
-        calibration = collect_inputs(model, gated, inputs[calibration_rows])
-        truth = clean.predicted if labels is None else labels[fit_rows]
-        attacked = None
-        if attack is not None and detector_named(options.detector).needs_attacks:
-            attacked = successes(
-                collect_inputs(model, gated, attack(inputs[fit_rows], truth)), clean, truth
-            )
+        clean = collect_inputs(model, gated, inputs[fit_rows], extras)
+        calibration = collect_inputs(model, gated, inputs[calibration_rows], extras)
+        data = FitData(clean, clean.predicted if labels is None else labels[fit_rows])
+        if attack is not None and options.kind.attacks != "ignored":
+            judged = judged_half(len(clean))
+            truth = data.labels[judged]
+            runs = collect_inputs(model, gated, attack(inputs[fit_rows[judged]], truth), extras)
+            won = successes(runs, clean.take(judged), truth)
+            data = FitData(clean, data.labels, attacked=won, judged=judged)
     names = tuple(class_names) or tuple(str(i) for i in range(clean.logits.shape[1]))
     facts = {"labels": "given" if labels is not None else "the network's own answers"}
-    return assemble(
-        model, router, spec, FitData(clean, truth, attacked), calibration, names, options, facts
-    )
+    return assemble(model, router, spec, data, calibration, names, options, facts, extras)
 
 
 def fit_archive(
@@ -97,19 +124,17 @@ def fit_archive(
     images: ImageSet,
     *,
     options: FitOptions,
-    attack: Callable[[Sequence[bytes], Tensor], Tensor] | None = None,
+    witness: Path | None = None,
+    attacks: Sequence[Attack] = (),
     progress: Progress | None = None,
 ) -> Guard:
     """Fit a guard to a served model and image files, through the archive's own preprocessing.
 
-    attack: returns attacked backbone inputs (N, ...) for payloads and their classes.
+    witness: the card of a network that is asked beside the backbone. attacks: what is run on one
+    half of the fit images, for detectors that are fitted with attacks; the others run none.
     """
     progress = progress or Silent()
-    if len(images) < MIN_IMAGES:
-        raise DataError(
-            f"{len(images)} images are too few to fit and calibrate on; give at least {MIN_IMAGES} "
-            f"(a target rate of 0.01 takes 200 with the default split)"
-        )
+    _check(images, options, witness)
     images = images.shuffled(options.seed)
     examples = images.payloads(range(EXAMPLES))
     spec = input_spec(served, examples)
@@ -129,17 +154,59 @@ def fit_archive(
     )
     with GatedBackbone(served.backbone, router) as gated:
         clean = collect(served, gated, _stream(images, fit_rows), progress)
-        calibration = collect(served, gated, _stream(images, calibration_rows), progress)
         labelling = label_rows(images, fit_rows, clean)
-        attacked = None
-        if attack is not None and detector_named(options.detector).needs_attacks:
-            inputs = attack(images.payloads(fit_rows.tolist()), labelling.labels)
-            runs = collect_inputs(served.backbone, gated, inputs)
-            attacked = successes(runs, clean, labelling.labels)
-    data = FitData(clean, labelling.labels, attacked)
-    return assemble(
-        served.backbone, router, spec, data, calibration, labelling.names, options, labelling.facts
-    )
+        space = pixel_space(served, examples[0])
+        sample = backbone_inputs(served, images.payloads(fit_rows[:SAMPLE].tolist()))
+        extras = _extras(served.backbone, sample, options, witness, space, labelling.names)
+        if extras.look != "path":
+            clean = collect(served, gated, _stream(images, fit_rows), progress, extras)
+        calibration = collect(served, gated, _stream(images, calibration_rows), progress, extras)
+        data, facts = FitData(clean, labelling.labels), labelling.facts
+        if options.kind.attacks != "ignored":
+            maker = Maker(served, gated, space, extras, progress)
+            judged = judged_half(len(clean))
+            payloads = images.payloads(fit_rows[judged].tolist())
+            data, made = maker.fit_data(data, judged, payloads, attacks, options.seed)
+            facts = facts | made
+    facts = facts | describe_extras(extras, witness)
+    names = labelling.names
+    return assemble(served.backbone, router, spec, data, calibration, names, options, facts, extras)
+
+
+def fit_steps(count: int, options: FitOptions, attacks: int) -> int:
+    """Return how far `fit_archive` advances its progress at most, given so many images and attacks."""
+    fit = count - round(count * options.calibration_share)
+    steps = count + fit * options.looks_beyond
+    if options.kind.attacks == "ignored":
+        return steps
+    judged = fit - fit // 2
+    return steps + judged * attacks + min(judged, SHIFTED) * CHANGES
+
+
+def _check(images: ImageSet, options: FitOptions, witness: Path | None) -> None:
+    if len(images) < MIN_IMAGES:
+        raise DataError(
+            f"{len(images)} images are too few to fit and calibrate on; give at least {MIN_IMAGES} "
+            f"(a target rate of 0.01 takes 200 with the default split)"
+        )
+    if witness is not None and not options.looks_beyond:
+        raise ConfigError(
+            f"the detector '{options.detector}' does not look at a witness; leave --witness out, or "
+            "take another detector"
+        )
+
+
+def _extras(
+    model: nn.Module,
+    inputs: Tensor,
+    options: FitOptions,
+    witness: Path | None = None,
+    space: PixelSpace | None = None,
+    class_names: Sequence[str] = (),
+) -> Extras:
+    if not options.looks_beyond:
+        return PATH_ALONE
+    return make_extras(model, inputs, witness_card=witness, space=space, class_names=class_names)
 
 
 def make_recipe(name: str, statistics: tuple[str, ...] | None = None) -> RouterRecipe:
@@ -204,11 +271,9 @@ def split_rows(count: int, options: FitOptions) -> tuple[Tensor, Tensor]:
     return order[:cut], order[cut:]
 
 
-def successes(attacked: Routed, clean: Routed, labels: Tensor) -> Routed:
-    """Keep the runs (A x N: attack after attack) that turned a right answer into a wrong one."""
-    times = len(attacked) // len(clean)
-    right = (clean.predicted == labels).repeat(times)
-    return attacked.take(right & (attacked.predicted != labels.repeat(times)))
+def judged_half(count: int) -> Tensor:
+    """Mark (N,) the rows that a detector is judged with; rows of a fit are in random order."""
+    return torch.arange(count) >= count // 2
 
 
 @dataclass(frozen=True)
@@ -257,16 +322,19 @@ def assemble(
     class_names: tuple[str, ...],
     options: FitOptions,
     facts: dict[str, Any],
+    extras: Extras = PATH_ALONE,
 ) -> Guard:
-    """Fit the detector, calibrate it on runs that it has not seen, and bind both to `model`."""
-    kind: DetectorKind = detector_named(options.detector)
-    detector = kind.recipe().fit(data, router.layout, seed=options.seed)
-    scores = detector.score(calibration)
+    """Fit the detector, calibrate it on runs that it has not seen, and bind both to `model`.
+
+    `extras` are what the runs were collected with; the guard keeps those that its detector looks at.
+    """
+    detector = options.kind.recipe().fit(data, router.layout, seed=options.seed)
+    calibrations = calibrate(detector, calibration)
     return Guard(
         fingerprint=fingerprint(model),
         router=router,
         detector=detector,
-        calibration=Calibration(scores, calibration.predicted),
+        calibrations=calibrations,
         class_names=class_names,
         inputs=spec,
         facts={
@@ -274,11 +342,26 @@ def assemble(
             "seed": options.seed,
             "fit_images": len(data.clean),
             "attacked_images": 0 if data.attacked is None else len(data.attacked),
+            "shifted_images": 0 if data.shifted is None else len(data.shifted),
             "calibration_images": len(calibration),
             "smallest_target_fpr": 1 / len(calibration),
             "versions": versions(),
         },
+        witness=extras.witness if any(carries(k, "witness") for k in calibrations) else None,
+        echo=extras.echo if any(carries(k, "echoes") for k in calibrations) else None,
     )
+
+
+def calibrate(detector: Detector, runs: Routed) -> dict[str, Calibration]:
+    """Return a calibration for every look that `detector` can score and that `runs` carry."""
+    known: tuple[str, ...] = getattr(detector, "looks", ("path",))
+    looks = [look for look in LOOKS if look in known and runs.shows(look)]
+    if not looks:
+        raise ConfigError(
+            f"the detector '{detector.name}' looks at {' or '.join(known)}, and there is only "
+            f"{runs.look}; fit it with a witness or an echo"
+        )
+    return {look: Calibration(detector.score(runs.at(look)), runs.predicted) for look in looks}
 
 
 def versions() -> dict[str, str]:

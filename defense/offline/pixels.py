@@ -9,7 +9,6 @@ what was attacked, else at the backbone's input; a report says which.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from defense.errors import ArchiveError, DataError
-from defense.offline.attacks import Attack
 from defense.offline.collect import Served, backbone_inputs
 from defense.sites import device_of
 
@@ -126,18 +124,3 @@ def _not_affine() -> ArchiveError:
         "the archive's preprocessing is no shift and scale of pixels per channel, so attacks on "
         "pixels are not defined for it; evaluate without attacks"
     )
-
-
-def attack_payloads(
-    served: Served,
-    payloads: Sequence[bytes],
-    labels: Tensor,
-    attacks: Sequence[Attack],
-    *,
-    seed: int,
-) -> Tensor:
-    """Return attacked backbone inputs of every attack, one after the other: (A x N, C, H, W)."""
-    space = find_pixel_space(served, payloads[0])
-    pixels = space.to_pixels(backbone_inputs(served, payloads))
-    model = space.model(served.backbone)
-    return torch.cat([space.to_input(a.run(model, pixels, labels, seed=seed)) for a in attacks])

@@ -30,6 +30,7 @@ from defense.detectors.fused import (
 )
 from defense.detectors.gaussian import Standardiser
 from defense.errors import DataError, GuardFailure
+from defense.offline.attacks.adaptive.straight import straight_through
 from defense.offline.benchmark.metrics import auroc
 from defense.state import join, split
 from defense.types import LOOKS, FitData, Routed
@@ -122,7 +123,7 @@ def test_swapped_classes_change_places_and_all_others_stay() -> None:
 
 def test_a_judge_cuts_its_numbers_off_before_it_weighs_them() -> None:
     usual = Standardiser(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0]))
-    judge = Judge("path", usual, torch.tensor([1.0, 3.0]), torch.tensor(0.5))
+    judge = Judge("path", True, usual, torch.tensor([1.0, 3.0]), torch.tensor(0.5))
     found = judge(torch.tensor([[3.0, 2.0], [1e9, -1e9]]))
     assert found.tolist() == [1.0 + 6.0 + 0.5, REACH - 3 * REACH + 0.5]
 
@@ -317,7 +318,9 @@ def test_every_right_run_is_counterfeited_as_often_as_the_recipe_says() -> None:
     data = full_data(90, attacks=False)
     labels = data.labels.clone()
     labels[:30] = (labels[:30] + 1) % CLASSES
-    made = FusedRecipe(counterfeits=2)._attacked(replace(data, labels=labels), LAYOUT, 0)
+    recipe = FusedRecipe(counterfeits=2)
+    made, real = recipe._positive(replace(data, labels=labels), LAYOUT, 0)
+    assert not real
     assert len(made) == 2 * int((data.clean.predicted == labels).sum())
 
 
@@ -367,6 +370,13 @@ def leaves(run: Routed) -> Routed:
     return Routed(*(part.clone().requires_grad_() for part in parts))
 
 
+def surer(run: Routed, factor: float) -> Routed:
+    """Return a run whose network and witness are surer of all that they say."""
+    assert run.witness is not None
+    assert run.echoes is not None
+    return Routed(run.logits * factor, run.path, run.witness * factor, run.echoes * factor)
+
+
 @pytest.mark.parametrize("attacks", [True, False])
 def test_a_score_falls_along_its_slope_in_path_witness_and_echoes(attacks: bool) -> None:
     detector, run = fitted(attacks=attacks), leaves(MISLED)
@@ -381,10 +391,18 @@ def test_a_score_falls_along_its_slope_in_path_witness_and_echoes(attacks: bool)
         assert bool(detector.score(ahead).sum() < before.sum())
 
 
+def test_past_all_doubt_an_attacker_who_knows_all_still_finds_a_slope() -> None:
+    """Else an attack would fail for want of a gradient, and prove nothing."""
+    run = leaves(surer(MISLED, 10))
+    with straight_through(1.0):
+        score = fitted(attacks=True).score(run)
+    inputs = [run.logits, run.path, run.witness, run.echoes]
+    for slope in torch.autograd.grad(score.sum(), inputs):  # type: ignore[arg-type]
+        assert float((slope.flatten(1).abs().amax(1) > 1e-4).double().mean()) > 0.95
+
+
 def test_slopes_are_numbers_even_for_answers_past_all_doubt_and_paths_past_all_reach() -> None:
-    calm = replace(MISLED, path=MISLED.path * 1e4)
-    loud = [part * 1e3 for part in (MISLED.logits, MISLED.witness, MISLED.echoes)]  # type: ignore[operator]
-    run = leaves(Routed(loud[0], calm.path, loud[1], loud[2]))
+    run = leaves(replace(surer(MISLED, 1000), path=MISLED.path * 1e4))
     score = fitted(attacks=True).score(run)
     inputs = [run.logits, run.path, run.witness, run.echoes]
     assert bool(score.isfinite().all())

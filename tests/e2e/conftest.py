@@ -16,7 +16,12 @@ from defense.artifact import save_guard
 from defense.offline.attacks import make_attack
 from defense.offline.collect import backbone_inputs
 from defense.offline.data import ImageSet, read_images
-from defense.offline.demo.digits import DigitFolders, train_digits, write_digits
+from defense.offline.demo.digits import (
+    DigitFolders,
+    train_digits,
+    train_witness,
+    write_digits,
+)
 from defense.offline.fit import FitOptions, fit_archive
 from defense.offline.pixels import find_pixel_space
 from defense.offline.progress import Silent
@@ -81,16 +86,27 @@ def network(folders: DigitFolders) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def witness(folders: DigitFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The card of a witness for digits."""
+    card = tmp_path_factory.mktemp("witness") / "witness.json"
+    train_witness(folders, card, seed=SEED)
+    return card
+
+
+@pytest.fixture(scope="session")
 def guard_archive(
-    tmp_path_factory: pytest.TempPathFactory, folders: DigitFolders
+    tmp_path_factory: pytest.TempPathFactory, folders: DigitFolders, witness: Path
 ) -> Callable[[Path], Path]:
-    """Fit a guard for an archive on the digits and wrap it."""
+    """Fit a guard for an archive and wrap it: on the digits, with a witness, or on other images."""
 
     def guard(stock: Path, images: ImageSet | None = None) -> Path:
         work = tmp_path_factory.mktemp("guard")
         with open_archive(stock, work / "unpacked") as served:
             fitted = fit_archive(
-                served, images or read_images(folders.fit), options=FitOptions(seed=SEED)
+                served,
+                images or read_images(folders.fit),
+                options=FitOptions(seed=SEED),
+                witness=None if images else witness,
             )
         save_guard(fitted, work / "guard")
         target = work / stock.name

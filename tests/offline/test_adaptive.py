@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from defense.backbone import GatedBackbone
 from defense.errors import ArtifactError, ConfigError, DataError, SiteError
 from defense.guard import Guard
-from defense.looks import Echo, Perturbation
+from defense.looks import Echo, Extras, Perturbation
 from defense.offline.attacks.adaptive import (
     ADAPTIVE,
     BARE,
@@ -39,9 +39,11 @@ from defense.offline.pixels import PixelSpace
 from defense.types import Routed
 from tests.conftest import TRAINED_ON, Digits
 from tests.decoupled_net import decoupled_net
+from tests.looks import small_witness
 from tests.served import SmallNet, hook_count, images_like_noise, seeded_net
 
 GREY = PixelSpace(torch.ones(1, 1, 1), torch.zeros(1, 1, 1), "L")
+DENSITY = FitOptions(detector="density")
 EPS = 48 / 255
 COUNT = 24
 ATTACKS: dict[str, AdaptiveAttack] = {
@@ -89,7 +91,7 @@ class Lab:
 def lab(trained: SmallNet, digits: Digits) -> Lab:
     own = copy.deepcopy(trained)
     rest = (digits.images[TRAINED_ON:-200], digits.labels[TRAINED_ON:-200])
-    whitebox = open_guard(fit_module(own, [rest]), own, GREY)
+    whitebox = open_guard(fit_module(own, [rest], options=DENSITY), own, GREY)
     held, labels = digits.images[-200:], digits.labels[-200:]
     right = (own(held).argmax(1) == labels).nonzero().flatten()[:COUNT]
     threshold = float(whitebox.guard.calibration.score.quantile(0.95))
@@ -155,7 +157,7 @@ def test_a_channel_that_never_moves_gives_its_deviation_no_slope(
     with torch.no_grad():
         net.stem.weight[:1].zero_()
     data = (digits.images[:300], digits.labels[:300])
-    guard = fit_module(net, [data], options=FitOptions(statistics=("deviation",)))
+    guard = fit_module(net, [data], options=dataclasses.replace(DENSITY, statistics=("deviation",)))
     assert bool(slopes(open_guard(guard, net, GREY), digits.images[:5]).isfinite().all())
 
 
@@ -357,7 +359,9 @@ def test_a_hard_gate_has_a_slope_only_where_it_is_asked_for(
 def test_routers_with_hard_steps_of_their_own_get_a_slope_too(
     router: str, net: SmallNet, digits: Digits
 ) -> None:
-    guard = fit_module(net, [digits.images[:80]], options=FitOptions(router=router))
+    guard = fit_module(
+        net, [digits.images[:80]], options=dataclasses.replace(DENSITY, router=router)
+    )
     pixels = digits.images[200:220]
     hard, soft = (open_guard(guard, net, GREY, temperature=t) for t in (None, 1.0))
     assert torch.equal(hard(pixels).path, soft(pixels).path)
@@ -485,3 +489,14 @@ def test_a_guard_opens_only_with_its_own_backbone_at_rest(lab: Lab, net: SmallNe
     net.append = nn.Dropout(0.5).train()
     with pytest.raises(SiteError, match="training mode"):
         open_guard(guard, net, GREY)
+
+
+def test_a_white_box_sees_through_witness_and_echoes() -> None:
+    """What is asked online without gradients must carry them for an attacker who knows all."""
+    inputs = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    extras = Extras(small_witness(), Echo((Perturbation("mirror"),)))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    for asked in (extras.ask_witness(inputs), extras.ask_echo(model, inputs)):
+        assert asked is not None
+        slope = torch.autograd.grad(asked.square().sum(), inputs, retain_graph=True)[0]
+        assert bool((slope.flatten(1).abs().sum(1) > 0).all())

@@ -14,6 +14,7 @@ from torch import Tensor
 from defense.backbone import GatedBackbone
 from defense.errors import ArchiveError, DataError
 from defense.guard import Guard
+from defense.looks import Extras
 from defense.offline.collect import (
     BATCH,
     Served,
@@ -24,8 +25,10 @@ from defense.offline.collect import (
     input_spec,
 )
 from defense.offline.progress import Silent
-from defense.types import Routed
+from defense.routers.activation import ActivationRouter
+from defense.types import PathLayout, Routed, Site
 from tests.conftest import Digits
+from tests.looks import ECHO, small_witness
 from tests.served import PngHandler, SmallNet, counted_forwards, encoded, hook_count, png
 
 
@@ -171,3 +174,51 @@ def test_a_handler_that_reads_no_common_image_is_described_all_the_same(net: Sma
         "SmallNet (its handler read none of the test images; 'pathguard fit' will tell)"
     )
     assert hook_count(net) == 0
+
+
+def test_runs_are_collected_with_a_witness_and_echoes_from_payloads_and_from_inputs_alike(
+    net: SmallNet, guard: Guard, digits: Digits
+) -> None:
+    images, extras = digits.images[: BATCH + 3], Extras(small_witness(), ECHO)
+    net.requires_grad_()
+    with GatedBackbone(net, guard.router) as gated:
+        routed = collect(PngHandler(net), gated, map(png, images), Silent(), extras)
+        direct = collect_inputs(net, gated, images, extras)
+        plain = collect_inputs(net, gated, images)
+    assert routed.witness is not None
+    assert routed.echoes is not None
+    assert routed.echoes.shape == (len(images), 3, 10)
+    assert not routed.echoes.requires_grad
+    torch.testing.assert_close(routed.witness, small_witness().logits(images))
+    for name in ("logits", "path", "witness", "echoes"):
+        assert torch.equal(getattr(routed, name), getattr(direct, name))
+    assert torch.equal(routed.path, plain.path)
+    assert (plain.look, routed.look) == ("path", "path+witness+echoes")
+
+
+def test_a_backbone_that_reads_no_images_gets_no_witness() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval()
+    sites = PathLayout((Site("1", 0, 3, 1),), ("mean",))
+    with (
+        GatedBackbone(net, ActivationRouter(sites)) as gated,
+        pytest.raises(
+            ArchiveError, match=r"do not suit .*: inputs of shape \(2, 4\) are no images"
+        ),
+    ):
+        collect_inputs(net, gated, torch.rand(2, 4), Extras(small_witness()))
+
+
+def test_a_backbone_that_is_called_by_keyword_gets_no_witness(
+    net: SmallNet, guard: Guard, digits: Digits
+) -> None:
+    class ByKeyword(PngHandler):
+        def infer(self, batch: Tensor) -> Tensor:
+            with torch.inference_mode():
+                logits: Tensor = self.backbone(x=batch)
+            return logits
+
+    with (
+        GatedBackbone(net, guard.router) as gated,
+        pytest.raises(ArchiveError, match="one input row per request by position; fit a guard"),
+    ):
+        collect(ByKeyword(net), gated, [png(digits.images[0])], Silent(), Extras(small_witness()))

@@ -132,6 +132,19 @@ def test_parts_are_disjoint_complete_and_the_same_wherever_the_images_lie(tmp_pa
     assert [f"test/{name}" for name in first.names] == list(there.part(1, 2).names)
 
 
-def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no part 3 of 2; name one such as 1/2"):
-        ImageSet(tmp_path, (), None, ()).part(3, 2)
+def test_several_parts_are_those_that_lie_in_one_of_them(tmp_path: Path) -> None:
+    images = ImageSet(tmp_path, tuple(f"cat/{i}.png" for i in range(200)), (0,) * 200, ("cat",))
+    some = [images.part(number, 5) for number in (2, 3, 4)]
+    together = images.part(2, 5, last=4)
+    assert sorted(together.names) == sorted(name for part in some for name in part.names)
+    assert images.part(1, 5, last=5) == images
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "wanted"), [(3, None, "3"), (0, 1, "0-1"), (2, 1, "2-1"), (1, 3, "1-3")]
+)
+def test_a_part_that_does_not_exist_is_refused(
+    tmp_path: Path, first: int, last: int | None, wanted: str
+) -> None:
+    with pytest.raises(DataError, match=f"there is no part {wanted} of 2; name one such as 1/2"):
+        ImageSet(tmp_path, (), None, ()).part(first, 2, last=last)

@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+import defense.guard
 from defense.backbone import GatedBackbone
 from defense.calibration import Calibration
+from defense.config import ModelSettings
 from defense.errors import ArtifactError, DataError
-from defense.guard import Guard
+from defense.guard import Guard, Looked
+from defense.looks import Extras
 from defense.offline.attacks import make_attack
+from defense.offline.benchmark.shifts import SHIFTS
 from defense.offline.collect import collect_inputs
 from defense.offline.data import ImageSet, read_images
-from defense.offline.evaluate import BASELINES, auroc, evaluate
-from defense.types import Routed
+from defense.offline.evaluate import BASELINES, evaluate, evaluation_steps, suspicion
+from defense.types import Routed, Scored
 from tests.conftest import TRAINED_ON, Digits
+from tests.looks import ECHO, small_witness, with_extras
 from tests.served import PngHandler, SmallNet, hook_count, png
 
 COUNT, EPS = 60, 0.15
@@ -146,7 +149,7 @@ def test_a_rate_below_what_calibration_can_promise_is_no_number(
 ) -> None:
     few = Calibration(guard.calibration.score[:100], guard.calibration.predicted[:100])
     report = evaluate(
-        PngHandler(net), replace(guard, calibration=few), images, [], seed=0, command=""
+        PngHandler(net), replace(guard, calibrations={"path": few}), images, [], seed=0, command=""
     )
     realised = report["clean"]["realised_fpr"]
     assert realised["0.001"] is None
@@ -169,6 +172,85 @@ def test_attacks_that_no_png_can_deliver_are_judged_at_the_backbones_input(
     report = evaluate(Cropping(net), guard, images, attacks, seed=0, command="")
     assert report["delivery"] == "backbone input"
     assert report["attacks"]["fgsm"]["success_rate"] > 0
+
+
+def test_harmless_shifts_are_controls(
+    report: dict[str, Any], trained: SmallNet, guard: Guard, tensors: tuple[Tensor, Tensor]
+) -> None:
+    shifts = {name: row for name, row in report["controls"].items() if "level" in name}
+    assert list(shifts)[:3] == ["noise level 1", "noise level 2", "blur level 1"]
+    assert len(shifts) == 10
+    x, y = tensors
+    x = x[trained(x).argmax(1) == y]
+    darker = SHIFTS["contrast"](x, 2, 5)
+    with guard.attach(trained) as attached:
+        hits = (attached(darker).scored.p_value <= 0.05).double().mean().item()
+    found = shifts["contrast level 2"]
+    assert (found["n"], found["fpr"]["0.05"]) == (len(x), pytest.approx(hits, abs=1e-4))
+
+
+def test_a_guard_with_a_second_look_is_judged_as_it_is_served(
+    trained: SmallNet,
+    guard: Guard,
+    images: ImageSet,
+    tensors: tuple[Tensor, Tensor],
+    digits: Digits,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    often = ModelSettings.model_validate({"second_look": {"below_p": 0.5}})
+    monkeypatch.setattr(defense.guard, "ModelSettings", lambda: often)
+    extras, (x, y) = Extras(small_witness(), ECHO), tensors
+    with GatedBackbone(trained, guard.router) as gated:
+        calibration = collect_inputs(trained, gated, digits.images[:TRAINED_ON], extras)
+        clean = collect_inputs(trained, gated, x, extras)
+    seeing = with_extras(guard, extras, calibration)
+    attack = make_attack("fgsm", eps=EPS)
+    steps = Steps()
+    report = evaluate(
+        PngHandler(trained), seeing, images, [attack], seed=5, command="", progress=steps
+    )
+    judged = seeing.judge(clean)
+    again = judged.taken / COUNT
+    assert 0 < again < 1
+    assert report["clean"]["second_look"] == pytest.approx(again, abs=1e-4)
+    assert report["clean"]["extra_passes"] == pytest.approx(3 * again, abs=1e-4)
+    hits = float((judged.scored.p_value <= 0.05).double().mean())
+    assert report["clean"]["realised_fpr"]["0.05"] == pytest.approx(hits, abs=1e-4)
+    right = clean.predicted == y
+    changed = attack.run(trained, x[right], y[right], seed=5)
+    with GatedBackbone(trained, guard.router) as gated:
+        attacked = seeing.judge(collect_inputs(trained, gated, changed, extras)).scored
+    won = attacked.predicted != y[right]
+    p = torch.cat([judged.scored.p_value[right], attacked.p_value[won]])
+    truth = [0] * int(right.sum()) + [1] * int(won.sum())
+    # P-values that tie are told apart by the score, which moves the area a little.
+    assert report["attacks"]["fgsm"]["auroc"] == pytest.approx(roc_auc_score(truth, -p), abs=0.03)
+    assert 0 < steps.done <= evaluation_steps(COUNT, 1)
+
+
+class Steps:
+    """Adds up how far it was advanced."""
+
+    done = 0
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+
+
+def test_requests_are_ordered_by_p_value_and_where_that_ties_by_score(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opinion(_self: Guard, run: Routed) -> Scored:
+        return Scored(run.path[:, 1].double(), run.path[:, 0].double(), *[run.predicted] * 2)
+
+    monkeypatch.setattr(Guard, "score", opinion)
+    monkeypatch.setattr(Guard, "judge", lambda guard, run: Looked(guard.score(run)))
+
+    def run(*pairs: tuple[float, float]) -> Routed:
+        return Routed(torch.zeros(len(pairs), 2), torch.tensor(pairs))
+
+    first, second = suspicion(guard, run((0.5, 9), (0.1, 2)), run((0.1, 1), (0.1, 2), (0.01, -3)))
+    assert (first.tolist(), second.tolist()) == ([0, 2], [1, 2, 3])
 
 
 def test_unlabelled_images_are_an_error(net: SmallNet, guard: Guard, images: ImageSet) -> None:
@@ -234,25 +316,6 @@ def test_a_guard_for_other_weights_is_refused(
     net.head.bias[0] += 1
     with pytest.raises(ArtifactError, match="was fitted for the backbone"):
         evaluate(PngHandler(net), guard, images, [], seed=0, command="")
-
-
-values = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=20)
-
-
-@given(values, values)
-def test_auroc_is_that_of_scikit_learn_ties_included(
-    negative: list[float], positive: list[float]
-) -> None:
-    truth = [0] * len(negative) + [1] * len(positive)
-    expected = roc_auc_score(truth, negative + positive)
-    assert auroc(torch.tensor(negative), torch.tensor(positive)) == pytest.approx(
-        expected, abs=6e-5
-    )
-
-
-def test_auroc_of_nothing_is_no_number() -> None:
-    assert auroc(torch.zeros(0), torch.ones(1)) is None
-    assert auroc(torch.ones(1), torch.zeros(0)) is None
 
 
 def test_baselines_call_a_hesitant_answer_more_suspicious_than_a_sure_one() -> None:

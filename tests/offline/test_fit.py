@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from defense.errors import CalibrationError, ConfigError, DataError, SiteError
+from defense.detectors import DETECTORS, DetectorKind
+from defense.errors import ArchiveError, CalibrationError, ConfigError, DataError, SiteError
 from defense.fingerprint import fingerprint
 from defense.guard import Guard, InputSpec
+from defense.looks import Extras, Perturbation
 from defense.offline.attacks import make_attack
 from defense.offline.data import ImageSet, read_images
 from defense.offline.fit import (
     FitOptions,
+    calibrate,
     fit_archive,
     fit_module,
+    fit_steps,
+    judged_half,
     label_rows,
     share_rows,
     split_rows,
-    successes,
     told,
 )
+from defense.offline.harmless import CHANGES, harmless
+from defense.offline.twins import successes
 from defense.routers import ROUTERS, RouterKind
 from defense.routers.activation import ActivationRecipe, ActivationRouter
-from defense.types import Routed
+from defense.types import FitData, PathLayout, Routed
 from tests.conftest import TRAINED_ON, Digits
+from tests.looks import ECHO, NORMALISATION, Disagreement, small_network, small_witness
 from tests.served import PngHandler, SmallNet, hook_count, images_like_noise, png
 
 
@@ -76,6 +88,7 @@ def test_the_same_seed_gives_the_same_guard_and_another_one_another(
 def test_how_the_data_is_cut_into_batches_does_not_matter(net: SmallNet, digits: Digits) -> None:
     x, y = digits.images[:200], digits.labels[:200]
     whole = fit_module(net, [(x, y)])
+    assert whole.detector.name == "fused"
     assert same(whole, fit_module(net, zip(x.split(33), y.split(33), strict=True)))
     assert same(whole, fit_module(net, [[x, y]]))  # type: ignore[list-item]
 
@@ -106,13 +119,17 @@ def test_class_names_sites_and_statistics_can_be_given(net: SmallNet, digits: Di
 def test_a_supervised_guard_is_fitted_to_the_attacks_that_succeeded(
     net: SmallNet, digits: Digits
 ) -> None:
+    asked: list[int] = []
+
     def attack(x: Tensor, y: Tensor) -> Tensor:
+        asked.append(len(x))
         return make_attack("fgsm", eps=0.15).run(net, x, y, seed=0)
 
     data, options = [(digits.images[:300], digits.labels[:300])], FitOptions(detector="supervised")
     guard = fit_module(net, data, options=options, attack=attack)
     assert guard.detector.name == "supervised"
-    assert 10 < guard.facts["attacked_images"] <= 150
+    assert asked == [75]
+    assert 10 < guard.facts["attacked_images"] <= 75
     with pytest.raises(DataError, match="is fitted with attacks and there are none"):
         fit_module(net, data, options=options)
 
@@ -123,7 +140,9 @@ def test_an_attack_is_not_run_for_a_detector_that_does_not_look_at_it(
     def attack(x: Tensor, y: Tensor) -> Tensor:
         raise AssertionError("nobody asked for an attack")
 
-    assert fit_module(net, [digits.images[:200]], attack=attack).facts["attacked_images"] == 0
+    options = FitOptions(detector="density")
+    guard = fit_module(net, [digits.images[:200]], options=options, attack=attack)
+    assert guard.facts["attacked_images"] == 0
 
 
 def test_no_batches_are_an_error(net: SmallNet) -> None:
@@ -132,8 +151,9 @@ def test_no_batches_are_an_error(net: SmallNet) -> None:
 
 
 def test_nothing_to_calibrate_on_is_an_error(net: SmallNet, digits: Digits) -> None:
+    options = FitOptions(detector="density", calibration_share=0.1)
     with pytest.raises(CalibrationError, match="calibration needs at least one score"):
-        fit_module(net, [digits.images[:4]], options=FitOptions(calibration_share=0.1))
+        fit_module(net, [digits.images[:4]], options=options)
 
 
 def test_a_site_that_does_not_exist_is_an_error(net: SmallNet, digits: Digits) -> None:
@@ -243,17 +263,152 @@ def test_an_archive_is_fitted_to_unlabelled_images_too(net: SmallNet, folder: Pa
 def test_a_supervised_archive_is_fitted_to_attacked_inputs(
     net: SmallNet, digits: Digits, folder: Path
 ) -> None:
-    asked: list[int] = []
+    options, attacks = FitOptions(detector="supervised"), [make_attack("fgsm", eps=0.15)]
+    guard = fit_archive(PngHandler(net), read_images(folder), options=options, attacks=attacks)
+    assert 10 < guard.facts["attacked_images"] <= 65
+    assert guard.facts["attacks"] == ["fgsm"]
 
-    def attack(payloads: Sequence[bytes], labels: Tensor) -> Tensor:
-        asked.append(len(payloads))
-        x = torch.stack([PngHandler(net).decode(payload) for payload in payloads])
-        return make_attack("fgsm", eps=0.15).run(net, x, labels, seed=0)
 
-    options = FitOptions(detector="supervised")
-    guard = fit_archive(PngHandler(net), read_images(folder), options=options, attack=attack)
-    assert asked == [130]
-    assert guard.facts["attacked_images"] > 10
+class Recipe:
+    """Keeps what it was fitted to."""
+
+    kept: ClassVar[list[FitData]] = []
+
+    def fit(self, data: FitData, layout: PathLayout, *, seed: int) -> Disagreement:
+        self.kept.append(data)
+        return Disagreement()
+
+
+class Signed(PngHandler):
+    """Gives its model inputs in [-1, 1]."""
+
+    def decode(self, payload: object) -> Tensor:
+        return super().decode(payload) * 2 - 1
+
+
+class Squaring(PngHandler):
+    """Preprocesses by more than a shift and a scale."""
+
+    def decode(self, payload: object) -> Tensor:
+        return super().decode(payload).square()
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[FitData]:
+    """What recipes are given; the detector `disagreement` is one that attacks are welcome to."""
+    kind = DetectorKind(Recipe, Disagreement, attacks="welcome")
+    monkeypatch.setitem(DETECTORS, "disagreement", kind)
+    monkeypatch.setattr(Recipe, "kept", [])
+    return Recipe.kept
+
+
+def test_attacked_and_harmless_runs_are_made_of_the_judged_half(
+    net: SmallNet, folder: Path, kept: list[FitData]
+) -> None:
+    attacks = [make_attack(name, eps=0.15) for name in ("fgsm", "bim")]
+    options, steps = FitOptions(detector="disagreement"), Steps()
+    guard = fit_archive(
+        Signed(net), read_images(folder), options=options, attacks=attacks, progress=steps
+    )
+    (data,) = kept
+    assert data.judged is not None
+    assert (len(data.judged), int(data.judged.sum())) == (130, 65)
+    assert data.shifted is not None
+    assert len(data.shifted) == 65 * CHANGES == guard.facts["shifted_images"]
+    assert guard.facts["harmless"] == list(harmless(torch.zeros(1, 1, 8, 8), 0))
+    assert data.attacked is not None
+    assert len(data.attacked) == guard.facts["attacked_images"] > 30
+    assert guard.facts["attacks"] == ["fgsm", "bim"]
+    assert data.clean.look == data.attacked.look == data.shifted.look
+    # The first change moves every judged image by one pixel: by hand, from the files.
+    images = read_images(folder).shuffled(0)
+    rows = split_rows(len(images), options)[0][data.judged].tolist()
+    pixels = torch.stack([PngHandler(net).decode(payload) for payload in images.payloads(rows)])
+    moved = harmless(pixels, 0)["shifted"] * 2 - 1
+    torch.testing.assert_close(data.shifted.logits[:65], net(moved), rtol=1e-4, atol=1e-4)
+    once_more = 0 if guard.facts["echo"] else 130
+    assert steps.done == fit_steps(260, options, 2) - once_more
+
+
+class Steps:
+    """Adds up how far it was advanced."""
+
+    done = 0
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+
+
+def test_without_attacks_a_fit_still_knows_harmless_changes(
+    net: SmallNet, folder: Path, kept: list[FitData]
+) -> None:
+    options, images = FitOptions(detector="disagreement"), read_images(folder)
+    fit_archive(PngHandler(net), images, options=options)
+    assert kept[0].attacked is None
+    assert kept[0].shifted is not None
+
+
+def test_where_pixels_do_not_simply_become_inputs_nothing_is_made_of_them(
+    net: SmallNet, folder: Path, kept: list[FitData]
+) -> None:
+    options, images = FitOptions(detector="disagreement"), read_images(folder)
+    guard = fit_archive(Squaring(net), images, options=options)
+    assert (kept[0].attacked, kept[0].shifted, kept[0].judged) == (None, None, None)
+    assert guard.facts["harmless"].startswith("none")
+    attacks = [make_attack("fgsm", eps=0.1)]
+    with pytest.raises(
+        ArchiveError, match="attacks on pixels are not defined for it; fit without attacks"
+    ):
+        fit_archive(Squaring(net), images, options=options, attacks=attacks)
+
+
+def test_an_archive_gets_a_witness_from_its_card(
+    net: SmallNet, folder: Path, tmp_path: Path
+) -> None:
+    card = write_card(tmp_path / "witness.json", NAMES)
+    guard = fit_archive(PngHandler(net), read_images(folder), options=FitOptions(), witness=card)
+    assert guard.facts["witness"]["card"] == "witness.json"
+    assert guard.witness is not None
+    assert guard.witness.classes == 10
+    assert "path+witness" in guard.calibrations
+    with pytest.raises(ConfigError, match="'density' does not look at a witness; leave --witness"):
+        fit_archive(
+            PngHandler(net),
+            read_images(folder),
+            options=FitOptions(detector="density"),
+            witness=card,
+        )
+
+
+def write_card(card: Path, classes: Sequence[str]) -> Path:
+    """Write the card and weights of a network for 8x8 images that knows nothing."""
+    network = small_network()
+    weights = save({name: value.contiguous() for name, value in network.state_dict().items()})
+    card.with_suffix(".safetensors").write_bytes(weights)
+    shape = asdict(network.architecture) | {"network": "CifarResNet"}
+    facts = {
+        "weights": card.with_suffix(".safetensors").name,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "architecture": shape,
+        "classes": classes,
+        "input": {"shape": [3, 8, 8]} | asdict(NORMALISATION),
+    }
+    card.write_text(json.dumps(facts))
+    return card
+
+
+def test_a_guard_fitted_to_tensors_has_the_echo_that_suits_them(
+    net: SmallNet, digits: Digits
+) -> None:
+    guard = fit_module(net, [digits.images[:200]])
+    assert guard.witness is None
+    echo = guard.echo.perturbations if guard.echo else ()
+    assert Perturbation("mirror") not in echo
+    assert tuple(guard.calibrations) == (("path", "path+echoes") if echo else ("path",))
+
+
+def test_a_half_of_the_rows_judges() -> None:
+    assert judged_half(5).tolist() == [False, False, True, True, True]
 
 
 def test_too_few_images_are_an_error_that_says_how_many(net: SmallNet, folder: Path) -> None:
@@ -302,3 +457,49 @@ def test_a_guard_holds_its_promise_on_images_that_it_has_not_seen(
         digit = attached(digits.images[:TRAINED_ON]).scored.p_value
     assert float(noise.amax()) < 0.001
     assert float((digit <= 0.05).double().mean()) < 0.15
+
+
+def test_a_guard_is_calibrated_for_every_look_that_its_detector_takes(
+    net: SmallNet, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DETECTORS, "disagreement", DetectorKind(DisagreementRecipe, Disagreement))
+    options, extras = FitOptions(detector="disagreement"), Extras(small_witness(), ECHO)
+    images = [digits.images[:200]]
+    guard = fit_module(net, images, options=options, extras=extras)
+    assert tuple(guard.calibrations) == Disagreement.looks
+    assert (guard.witness, guard.echo) == (extras.witness, ECHO)
+    assert {c.count for c in guard.calibrations.values()} == {100}
+    scores = [c.score for c in guard.calibrations.values()]
+    assert not any(torch.equal(a, b) for a, b in pairwise(scores))
+    only = fit_module(net, images, options=options, extras=Extras(echo=ECHO))
+    assert tuple(only.calibrations) == ("path", "path+echoes")
+    assert torch.equal(only.calibration.score, guard.calibrations["path"].score)
+
+
+def test_a_guard_keeps_no_witness_that_its_detector_does_not_look_at(
+    net: SmallNet, digits: Digits
+) -> None:
+    images, options = [digits.images[:200]], FitOptions(detector="density")
+    guard = fit_module(net, images, options=options, extras=Extras(small_witness(), ECHO))
+    assert tuple(guard.calibrations) == ("path",)
+    assert (guard.witness, guard.echo) == (None, None)
+    assert same(guard, fit_module(net, images, options=options))
+
+
+def test_a_detector_that_needs_a_witness_is_not_fitted_without_one() -> None:
+    class Choosy(Disagreement):
+        looks = ("path+witness",)
+
+    run = Routed(torch.zeros(3, 10), torch.zeros(3, 4))
+    with pytest.raises(
+        ConfigError, match=r"looks at path\+witness, and there is only path; fit it with a witness"
+    ):
+        calibrate(Choosy(), run)
+
+
+class DisagreementRecipe:
+    """Asserts that what it is fitted to carries all that was collected."""
+
+    def fit(self, data: FitData, layout: PathLayout, *, seed: int) -> Disagreement:
+        assert data.clean.echoes is not None
+        return Disagreement()

@@ -12,10 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from defense.errors import ArchiveError
-from defense.offline.attacks import make_attack
-from defense.offline.pixels import PixelSpace, attack_payloads, deliverable, find_pixel_space
-from tests.conftest import Digits
-from tests.served import PngHandler, SmallNet, encoded, png
+from defense.offline.pixels import PixelSpace, deliverable, find_pixel_space
+from tests.served import encoded, png
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -195,23 +193,3 @@ def test_the_model_of_pixels_answers_as_the_backbone_does_for_its_inputs() -> No
     answer.sum().backward()
     assert pixels.grad is not None
     assert not model.training
-
-
-class Signed(PngHandler):
-    """Gives its model inputs in [-1, 1]."""
-
-    def decode(self, payload: object) -> Tensor:
-        return super().decode(payload) * 2 - 1
-
-
-def test_payloads_are_attacked_in_pixels_and_come_back_as_inputs_attack_after_attack(
-    net: SmallNet, digits: Digits
-) -> None:
-    images, labels = digits.images[:6], digits.labels[:6]
-    attacks = [make_attack(name, eps=0.1) for name in ("fgsm", "pgd")]
-    found = attack_payloads(Signed(net), [png(x) for x in images], labels, attacks, seed=3)
-    assert found.shape == (12, 1, 8, 8)
-    pixels = (found + 1) / 2
-    torch.testing.assert_close((pixels * 255).round() / 255, pixels, rtol=0, atol=1e-5)
-    assert float((pixels - images.repeat(2, 1, 1, 1)).abs().amax()) <= 0.1 + 1e-5
-    assert not torch.equal(found[:6], found[6:])

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from defense.errors import ConfigError
+from defense.offline.page import DARK, LIGHT
 from defense.offline.reading import (
     Course,
     Reading,
@@ -25,8 +26,6 @@ from defense.offline.reading import (
     top_units,
 )
 from defense.offline.reading_figures import (
-    DARK,
-    LIGHT,
     draw_course,
     draw_similarity,
     draw_site_similarity,

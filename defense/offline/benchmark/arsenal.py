@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ SLOW = ("autoattack_8", "cw_10", "deepfool", "pixle")
 """Attacks that go image by image, or for hundreds of passes: made of fewer images."""
 LEFT_OUT = ("apgd_dlr_8",)
 """Rows of the library whose images another row's hold: `apgd_8` ends with that loss."""
+TRANSFER = ("ghost", "ensemble", "latent")
+"""Families that start from other networks."""
 LATENT_CONFIDENCE = 3.0
 """Margin in logits of the invertible network: at 0, hardly any image fools another network."""
 
@@ -31,9 +34,15 @@ class Arsenal:
 
     attacks: tuple[Attack, ...]
     slow: frozenset[str] = frozenset(SLOW)
+    surrogates: str = ""
+    """Which networks the attacks of TRANSFER start from."""
 
     def __iter__(self) -> Iterator[Attack]:
         return iter(self.attacks)
+
+    def depends(self, attack: Attack) -> dict[str, object]:
+        """Return what the images of `attack` depend on beside the network under attack."""
+        return {"surrogates": self.surrogates} if attack.family in TRANSFER else {}
 
 
 def make_arsenal(surrogates: Sequence[Path]) -> Arsenal:
@@ -54,7 +63,8 @@ def make_arsenal(surrogates: Sequence[Path]) -> Arsenal:
         for net, norm in loaded
         if isinstance(net, InvertibleResNet)
     ]
-    return Arsenal(tuple(rows))
+    cards = b"".join(card.read_bytes() for card in surrogates)
+    return Arsenal(tuple(rows), surrogates=hashlib.sha256(cards).hexdigest()[:16])
 
 
 class HalfPrecision(nn.Module):

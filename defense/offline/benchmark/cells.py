@@ -78,7 +78,7 @@ def judge(
 def judge_clean(score: Tensor, labels: Tensor, calibration: Tensor, names: Sequence[str]) -> Cell:
     """Describe one contestant on clean images for one seed.
 
-    score, labels: (N,), of images that the network gets right; calibration: (M,). `realised_fpr` is
+    score, labels: (N,); calibration: (M,). `realised_fpr` is
     by target rate, `per_class_fpr` at a target rate of 1 %.
     """
     _check(score, score, labels >= 0, calibration)
@@ -133,7 +133,8 @@ def _merged(values: Sequence[Any]) -> Any:
         return round(fmean(known)) if isinstance(known[0], int) else fmean(known)
     if known[0].keys() == {field.name for field in fields(Spread)}:
         return asdict(Spread.over([Spread(**value) for value in known]))
-    return {key: _merged([value.get(key) for value in known]) for key in known[0]}
+    keys = dict.fromkeys(key for value in known for key in value)
+    return {key: _merged([value.get(key) for value in known]) for key in keys}
 
 
 def _dict(spread: Spread | None) -> dict[str, float] | None:

@@ -39,7 +39,6 @@ from defense.offline.benchmark.trials import Material
 
 LARGE = "pgd_64"
 FEW = 100
-CLAIMED_AT = ("2", "4", "8")
 
 
 def require_discipline(material: Material, seeds: tuple[int, ...]) -> list[Check]:
@@ -122,10 +121,10 @@ def check_claims(results: dict[str, Any], accuracy: float) -> Iterator[Check]:
     adaptive = results.get("adaptive")
     if not adaptive:
         return
-    for radius in CLAIMED_AT:
-        worst, bare = adaptive["worst"][radius], adaptive["bare"][radius]
+    for radius in map(str, adaptive["eps_255"]):
+        worst, knowing, bare = (adaptive[who][radius] for who in ("worst", "knowing", "bare"))
         count = adaptive["n"]
-        yield knowing_wins([_marks(worst["through"], count)], _marks(bare["through"], count))
+        yield knowing_wins([_marks(knowing["through"], count)], _marks(bare["through"], count))
         yield claim_is_plausible(accuracy * (1 - worst["through"]), int(radius) / 255)
 
 

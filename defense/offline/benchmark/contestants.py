@@ -62,7 +62,8 @@ class Trial:
 class Contestant:
     """A detector that takes part. `learn` returns its score; larger = more suspicious.
 
-    kind: `ours`, `peer`, `baseline` or `control`. slow: judged on fewer images.
+    kind: `ours`, `peer`, `baseline` or `control`. slow: judged on fewer images. needs: the look that
+    runs must show.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Contestant:
     about: str
     learn: Callable[[Trial], Score]
     slow: bool = False
+    needs: str = "path"
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,8 @@ def contestants() -> Iterator[Contestant]:
     for name in ("density", "trajectory", "overlap"):
         yield _path_detector(name, "clean")
     yield _path_detector("supervised", "attacks")
-    yield Contestant(
-        "witness alone", "control", "clean", "how little the witness believes the answer", _witness
-    )
+    about = "how little the witness believes the answer"
+    yield Contestant("witness alone", "control", "clean", about, _witness, needs="path+witness")
     for name, peer in PEERS.items():
         yield _peer(name, peer)
 
@@ -138,7 +139,9 @@ def _fitted(trial: Trial, name: str, fit: Fit) -> Callable[[str], Score]:
 
 
 def _look(name: str, fit: Fit, look: str, about: str) -> Contestant:
-    return Contestant(name, "ours", fit, about, lambda trial: _fitted(trial, "fused", fit)(look))
+    return Contestant(
+        name, "ours", fit, about, lambda trial: _fitted(trial, "fused", fit)(look), needs=look
+    )
 
 
 def _path_detector(name: str, fit: Fit) -> Contestant:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from defense.offline.benchmark.trials import Field, Made, Material, joined
 SEEDS = (0, 1, 2)
 TARGET = 0.01
 MILD_LEVELS = (1, 2)
-FEW = 150
+FEW = 100
 """Images that slow contestants are judged on, of every kind, with the first seed alone."""
 SLOW_AGAINST = ("fgsm_8", "pgd_2", "pgd_8", "cw_0", "square_8", "cdrp")
 """The attacks that slow contestants are judged against."""
@@ -35,7 +36,8 @@ class Judged:
     shifts: dict[str, dict[str, float | None]]
     noise: dict[str, float | None]
     failed: dict[str, float | None]
-    served: dict[str, float | None]
+    strict: dict[str, float | None]
+    passes: float | None
     curve: list[list[float]]
 
 
@@ -48,53 +50,54 @@ class Bench:
     field: Field
     rows: Tensor
 
-    def judge(self, score: Score, *, few: bool = False) -> Judged:
-        """Judge a fitted contestant on `rows`. few: on the first `FEW` of everything."""
+    def judge(self, score: Score, *, few: bool = False, controls: bool = True) -> Judged:
+        """Judge a fitted contestant on `rows`. few: on the first `FEW` of everything.
+
+        controls: whether false alarms at changed images are counted as well.
+
+        Thresholds and false alarms are those of a served guard: of all clean requests, whatever the
+        network makes of them. Attacks are those on images that it gets right, and ranks are against
+        these; `strict` holds what thresholds of such images alone would give.
+        """
         subject = self.material.subject
         cut = FEW if few else None
-        calibration = self.material.clean.take(self.split.calibration[:cut])
-        known = subject.right[self.split.calibration[:cut]]
-        every = score(calibration)
-        right_rows = self.rows[subject.right[self.rows]][:cut]
-        clean = score(self.material.clean.take(right_rows))
-        own = dict(zip(right_rows.tolist(), clean.tolist(), strict=True))
-        cells, failed, served, curves = {}, {}, {}, []
+        calibration = self.split.calibration[:cut]
+        every = score(self.material.clean.take(calibration))
+        known = every[subject.right[calibration]]
+        rows = self.rows[:cut]
+        clean, right = score(self.material.clean.take(rows)), subject.right[rows]
+        own = dict(zip(rows.tolist(), clean.tolist(), strict=True))
+        cells, failed, strict, found = {}, {}, {}, []
         for name, assault in self.field.assaults.items():
-            if few and name not in SLOW_AGAINST:
-                continue
-            mine = assault.of(right_rows)
-            if not bool(mine.won.any()):
+            mine = assault.of(rows)
+            if not bool(mine.won.any()) or (few and name not in SLOW_AGAINST):
                 continue
             attacked = score(mine.sample)
             twins = torch.tensor([own[row] for row in mine.rows.tolist()], dtype=torch.float64)
-            cells[name] = judge(twins, attacked, mine.won, every[known], seed=0)
-            failed[name] = _rate(every[known], attacked[~mine.won])
-            served[name] = _rate(every, attacked[mine.won])
-            curves.append(attacked[mine.won])
-        names = subject.labelling.names
+            cells[name] = judge(twins, attacked, mine.won, every, seed=0)
+            failed[name] = _rate(every, attacked[~mine.won])
+            strict[name] = _rate(known, attacked[mine.won])
+            found.append(attacked[mine.won])
+        strict["clean"] = _rate(known, clean[right])
         return Judged(
             cells,
-            judge_clean(clean, subject.labels[right_rows], every[known], names),
-            {} if few else self._shifts(score, every[known]),
-            {}
-            if few
-            else {k: self._false(score, m, every[known]) for k, m in self.field.noisy.items()},
+            judge_clean(clean, subject.labels[rows], every, subject.labelling.names),
+            self._shifts(score, every) if controls else {},
+            self._noise(score, every) if controls else {},
             failed,
-            served | self._traffic(score, every, cut),
-            roc(clean, torch.cat(curves)) if curves else [],
+            strict,
+            self._passes(score, rows),
+            roc(clean[right], torch.cat(found)) if found else [],
         )
 
-    def _traffic(
-        self, score: Score, calibration: Tensor, cut: int | None
-    ) -> dict[str, float | None]:
-        """Count false alarms over all clean requests, whatever the network makes of them."""
-        every = self.material.clean.take(self.rows[:cut])
-        passes = None
-        if isinstance(score, TwoLooks):
-            echoes = every.routed.echoes
-            assert echoes is not None
-            passes = float(score.doubtful(every).double().mean()) * echoes.shape[1]
-        return {"clean": _rate(calibration, score(every)), "passes": passes}
+    def _passes(self, score: Score, rows: Tensor) -> float | None:
+        """Return how many extra passes of the backbone a clean request takes on average."""
+        if not isinstance(score, TwoLooks):
+            return None
+        every = self.material.clean.take(rows)
+        echoes = every.routed.echoes
+        assert echoes is not None
+        return float(score.doubtful(every).double().mean()) * echoes.shape[1]
 
     def _shifts(self, score: Score, calibration: Tensor) -> dict[str, dict[str, float | None]]:
         found: dict[str, dict[str, float | None]] = {}
@@ -102,11 +105,18 @@ class Bench:
             found.setdefault(kind, {})[str(level)] = self._false(score, made, calibration)
         return found
 
+    def _noise(self, score: Score, calibration: Tensor) -> dict[str, float | None]:
+        return {
+            name: self._false(score, made, calibration) for name, made in self.field.noisy.items()
+        }
+
     def _false(self, score: Score, made: Made, calibration: Tensor) -> float | None:
-        """Return the share of false alarms among changed images that the network still gets right."""
-        subject = self.material.subject
+        """Return the share of false alarms among changed images that the network still gets right.
+
+        An alarm at an image that the change made it get wrong is not a false one.
+        """
         mine = made.of(self.rows)
-        right = mine.sample.routed.predicted == subject.labels[mine.rows]
+        right = mine.sample.routed.predicted == self.material.subject.labels[mine.rows]
         return _rate(calibration, score(mine.sample.take(right)))
 
 
@@ -126,6 +136,12 @@ def run_study(
         "roc": {},
     }
     for entrant in entrants:
+        if not material.clean.routed.shows(entrant.needs):
+            absent = (
+                f"it looks at '{entrant.needs}' and there is '{material.clean.routed.look}' alone"
+            )
+            results.setdefault("absent", {})[entrant.name] = absent
+            continue
         try:
             seen, sealed = _fit_and_judge(material, entrant, seeds)
             unseen = _left_out(material, entrant, seeds)
@@ -143,15 +159,18 @@ def run_study(
 def _fit_and_judge(
     material: Material, entrant: Contestant, seeds: Sequence[int]
 ) -> tuple[list[Judged], list[Judged]]:
-    """Fit with every seed; judge on that seed's test images and on the sealed ones."""
+    """Fit with every seed and judge on that seed's test images; ours on the sealed ones as well.
+
+    Controls of the others are counted with one seed, and slow ones are judged with one seed alone.
+    """
     seen, sealed = [], []
     for seed in seeds[:1] if entrant.slow else seeds:
         split = make_split(material.pools, seed)
         score = entrant.learn(material.trial(split, seed))
-        seen.append(
-            Bench(material, split, material.open, split.test).judge(score, few=entrant.slow)
-        )
-        if not entrant.slow:
+        bench = Bench(material, split, material.open, split.test)
+        controls = not entrant.slow and (entrant.kind == "ours" or seed == seeds[0])
+        seen.append(bench.judge(score, few=entrant.slow, controls=controls))
+        if entrant.kind == "ours":
             pool = material.pools.sealed
             sealed.append(Bench(material, split, material.sealed, pool).judge(score))
     return seen, sealed
@@ -161,10 +180,10 @@ def _left_out(
     material: Material, entrant: Contestant, seeds: Sequence[int]
 ) -> list[dict[str, Cell]]:
     """Return by seed the cell of every attack, of the fit that never saw its family."""
-    if entrant.fit == "clean" or entrant.slow:
+    families = dict.fromkeys(a.attack.family for a in material.open.assaults.values())
+    if entrant.fit == "clean" or entrant.slow or entrant.kind == "control" or len(families) < 2:
         return []
     found = []
-    families = dict.fromkeys(a.attack.family for a in material.open.assaults.values())
     for seed in seeds if entrant.kind == "ours" else seeds[:1]:
         split = make_split(material.pools, seed)
         cells: dict[str, Cell] = {}
@@ -180,19 +199,19 @@ def _left_out(
 def row(
     entrant: Contestant, seen: Sequence[Judged], unseen: Sequence[Mapping[str, Cell]]
 ) -> dict[str, Any]:
-    """Return a contestant's part of the results; see the package's documentation."""
+    """Return a contestant's part of the results.
+
+    strict: hits and false alarms with thresholds of images that the network gets right alone.
+    """
     told = {"kind": entrant.kind, "fit": entrant.fit, "about": entrant.about}
-    shifts, noise, failed, served = (
+    shifts, noise, failed, strict = (
         spread_cells([getattr(judged, part) for judged in seen]) or {}
-        for part in ("shifts", "noise", "failed", "served")
+        for part in ("shifts", "noise", "failed", "strict")
     )
     mild = [levels.get(str(level)) for levels in shifts.values() for level in MILD_LEVELS]
     clean = spread_cells([judged.clean for judged in seen]) or {}
-    hits = [
-        value
-        for name, value in served.items()
-        if name not in ("clean", "passes") and value is not None
-    ]
+    hits = [rate for name, rate in strict.items() if name != "clean" and rate is not None]
+    passes = [judged.passes for judged in seen if judged.passes is not None]
     return told | {
         "seen": _by_attack([judged.cells for judged in seen]),
         "unseen": _by_attack(unseen) if unseen else None,
@@ -200,14 +219,14 @@ def row(
         "shifts": shifts,
         "noise": noise,
         "failed": failed,
-        "served": {"fpr_1": served.get("clean"), "tpr_1": sum(hits) / len(hits) if hits else None},
+        "strict": {"fpr_1": strict.get("clean"), "tpr_1": fmean(hits) if hits else None},
         "summary": {
             "seen": summary([judged.cells for judged in seen]),
             "unseen": summary(unseen) if unseen else None,
             "realised_fpr_1": clean.get("realised_fpr", {}).get(str(TARGET)),
             "shift_fpr": max((v for v in mild if v is not None), default=None),
             "noise_fpr": max((v for v in noise.values() if v is not None), default=None),
-            "extra_passes": served.get("passes"),
+            "extra_passes": fmean(passes) if passes else None,
         },
     }
 

@@ -68,12 +68,18 @@ class Subject:
         """(N,) which images the network gets right."""
         return self.predicted == self.labels
 
-    def attacked(self, attack: Attack, rows: Tensor) -> Tensor:
-        """Return attacked pixels (n, C, H, W) uint8 of the images `rows` (n,)."""
+    def attacked(self, attack: Attack, rows: Tensor, **depends: object) -> Tensor:
+        """Return attacked pixels (n, C, H, W) uint8 of the images `rows` (n,).
+
+        What was kept is known by the attack's name and by `depends`.
+        """
         parts = []
         for chunk in rows.split(CHUNK):
             kept = self.images_kept.keep(
-                f"attack {attack.name}", self._attack(attack, chunk), rows=chunk.tolist()
+                f"attack {attack.name}",
+                self._attack(attack, chunk),
+                rows=chunk.tolist(),
+                **depends,
             )
             parts.append(kept["pixels"])
             self.progress.advance(len(chunk))
@@ -166,6 +172,11 @@ def _known(subject: Subject, images: ImageSet, witness: Path | None) -> Subject:
     """Add what takes the network's answers: classes, witness and echo."""
     routed = subject.runs("paths alone", subject.pixels).routed
     labelling = label_rows(images, torch.arange(len(images)), routed)
+    if labelling.facts["labels"] != "folders":
+        raise DataError(
+            "two folders of these images mostly get the same answer, so the network does not know "
+            "their classes; give one folder per class that it was trained on"
+        )
     extras = make_extras(
         subject.served.backbone,
         subject.space.to_input(subject.pixels.float() / 255),

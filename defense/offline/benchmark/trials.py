@@ -126,7 +126,7 @@ def _field(subject: Subject, pool: Tensor, arsenal: Arsenal, name: str) -> Field
     for attack in arsenal:
         limit = SLOW_IMAGES if attack.name in arsenal.slow else ATTACKED_IMAGES
         chosen = rows[: limit[name]]
-        pixels = subject.attacked(attack, chosen)
+        pixels = subject.attacked(attack, chosen, **arsenal.depends(attack))
         sample = subject.runs(f"{name} {attack.name}", pixels)
         won = sample.routed.predicted != subject.labels[chosen]
         assaults[attack.name] = Assault(chosen, sample, attack, won)
@@ -145,11 +145,11 @@ def _field(subject: Subject, pool: Tensor, arsenal: Arsenal, name: str) -> Field
 def _noisy(subject: Subject, name: str, assaults: Mapping[str, Assault]) -> dict[str, Made]:
     """Make random noise of the size of every attack's own change, image by image.
 
-    Attacks of one bound share a size: the first of them stands for all.
+    Attacks of one bound share a size: the first of them stands for all. Those that change few
+    pixels beyond any bound have no size that noise could take.
     """
-    first = {
-        (a.attack.norm, a.attack.eps or a.attack.name): a for a in reversed(list(assaults.values()))
-    }
+    bounded = [a for a in assaults.values() if a.attack.norm != "l0"]
+    first = {(a.attack.norm, a.attack.eps or a.attack.name): a for a in reversed(bounded)}
     found = {}
     for assault in reversed(list(first.values())):
         few = CONTROL_IMAGES[name]

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from defense.offline.archiver import make_archive
+from defense.offline.backbones import train_backbone
 from defense.offline.demo.digits_model import DigitsNet
+from defense.offline.methods import Method
+from defense.offline.methods.consistent import ConsistentObjective
+from defense.offline.networks import Architecture, CifarResNet
 from defense.offline.progress import Progress
+from defense.offline.training import TrainingSettings
 
 SIZE = 32
 TRAIN, FIT = 600, 900
 """Images to train the network on and to fit the guard on; the rest is held back."""
 EPOCHS, BATCH_SIZE, SHIFT = 12, 50, 2
+WITNESS = Method(
+    CifarResNet,
+    ConsistentObjective(eps=0.3),  # a tenth of full scale: digits deviate by a third of it
+    TrainingSettings(
+        epochs=10,
+        batch_size=BATCH_SIZE,
+        learning_rate=0.2,
+        crop=SHIFT,
+        cutout=0,
+        small_epochs=0,
+        average_decay=0.95,
+    ),
+    architecture=Architecture((1, 1, 1), (16, 32, 64), stem=16),
+    half=True,
+)
+"""How the demo trains its witness: as `pathguard train --method consistent`, for digits and fresh."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,21 @@ def train_digits(folder: Path, *, seed: int, progress: Progress) -> nn.Module:
                 schedule.step()
             progress.advance()
     return net.eval()
+
+
+def train_witness(folders: DigitFolders, card: Path, *, seed: int) -> None:
+    """Train a witness on the folder `train` and write it with its `card`; about ten seconds."""
+    with torch.random.fork_rng(devices=[]):
+        train_backbone(
+            folders.train.parent,
+            card.with_suffix(".safetensors"),
+            method=WITNESS,
+            architecture=WITNESS.architecture,
+            settings=replace(WITNESS.settings, seed=seed),
+            checkpoint=card.with_suffix(".checkpoint"),
+            command="pathguard demo",
+            console=Console(quiet=True),
+        )
 
 
 def pack_digits(net: nn.Module, target: Path) -> None:

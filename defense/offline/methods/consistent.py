@@ -45,11 +45,12 @@ class ConsistentObjective:
             answers = logits(network, torch.cat([x, twins]))
         clean, attacked = answers.split(len(x))
         one, other = outputs[site].float().flatten(1).split(len(x))
-        return (
+        loss: Tensor = (
             self.alpha * functional.cross_entropy(clean, labels)
             + (1 - self.alpha) * functional.cross_entropy(attacked, labels)
             + self.beta * (one - other).norm(dim=1).mean()
         )
+        return loss
 
     def attacked(self, network: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         """Return the twins of `x` (B, C, H, W): one step up the loss, each within its own radius."""
