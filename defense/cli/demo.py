@@ -53,6 +53,7 @@ version: 1
 defaults:
   flag: {{target_fpr: {flag}}}
   reject: {{target_fpr: {reject}}}
+  second_look: {{budget_ms: 200}}  # a machine that is busy with the demo still has the time
 metrics: {{port: {port}}}
 """
 
@@ -131,8 +132,17 @@ def _prepare(console: Console, work: Path, seed: int, summary: Summary) -> list[
     images, test = read_images(folders.fit), read_images(folders.test)
     options = FitOptions(seed=seed)
     with open_archive(stock, work / "unpacked") as served:
-        with bar(console, "Fitting a guard", fit_steps(len(images), options, 0)) as progress:
-            guard = fit_archive(served, images, options=options, witness=witness, progress=progress)
+        attacks = [make_attack(name, eps=EPS) for name in ATTACKS]
+        steps = fit_steps(len(images), options, len(attacks))
+        with bar(console, "Fitting a guard", steps) as progress:
+            guard = fit_archive(
+                served,
+                images,
+                options=options,
+                witness=witness,
+                attacks=attacks,
+                progress=progress,
+            )
         save_guard(guard, work / "guard")
         traffic = _traffic(console, served, test, seed, summary)
     wrap_archive(
@@ -289,7 +299,7 @@ def _print(out: Console, summary: Summary) -> None:
         f"Flag at a target false-positive rate of {FLAG:g}, reject at {REJECT:g}. A flagged request "
         "is answered, with a header; a rejected one gets 403 and no prediction. Fooled: attacked "
         "images that got a wrong answer. Caught: of those that fool the stock model, flagged or "
-        "rejected."
+        "rejected. The guard learnt from the same attacks on other images."
     )
     ratio = summary.latency_ratio
     out.print(

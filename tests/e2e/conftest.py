@@ -41,6 +41,7 @@ version: 1
 defaults:
   flag: {{target_fpr: {flag}}}
   reject: {{target_fpr: {reject}}}
+  second_look: {{budget_ms: 1000}}
 models:
   shadowed: {{mode: shadow}}
 metrics: {{port: {port}}}
@@ -107,6 +108,7 @@ def guard_archive(
                 images or read_images(folders.fit),
                 options=FitOptions(seed=SEED),
                 witness=None if images else witness,
+                attacks=() if images else [make_attack(name, eps=0.1) for name in ("fgsm", "pgd")],
             )
         save_guard(fitted, work / "guard")
         target = work / stock.name
