@@ -171,20 +171,9 @@ def _ask(request: BenchmarkRequest, material: Material, guard: Guard) -> dict[st
     asked = {name: rows[:count].tolist() for name, count in QUERIED.items()}
     # Another guard gives other answers; what it is calibrated with tells two of them apart.
     known = {look: float(each.score.sum()) for look, each in guard.calibrations.items()}
-    return _kept_json(
-        subject, "queries", measure, attacks=repr(attacks), rows=asked, guard=known, at=REFUSED_AT
+    return subject.store.keep_plain(
+        "queries", measure, attacks=repr(attacks), rows=asked, guard=known, at=REFUSED_AT
     )
-
-
-def _kept_json(subject: Subject, label: str, measure: Any, **depends: object) -> dict[str, Any]:
-    def make() -> dict[str, torch.Tensor]:
-        return {
-            "json": torch.frombuffer(bytearray(json.dumps(measure()).encode()), dtype=torch.uint8)
-        }
-
-    kept = subject.store.keep(label, make, **depends)["json"]
-    found: dict[str, Any] = json.loads(kept.numpy().tobytes())
-    return found
 
 
 def write(results: dict[str, Any], out: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from torch import Tensor
 from defense.offline.training import write_tensors
 
 Tensors = dict[str, Tensor]
+PACKAGE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class Store:
             write_tensors(path, made, {"label": label, "depends": _canonical(depends)})
         return load_file(path)
 
+    def keep_plain(
+        self, label: str, make: Callable[[], dict[str, Any]], **depends: object
+    ) -> dict[str, Any]:
+        """As `keep`, for plain figures: what JSON can hold."""
+
+        def encoded() -> Tensors:
+            text = json.dumps(make()).encode()
+            return {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+        kept = self.keep(label, encoded, **depends)["json"]
+        found: dict[str, Any] = json.loads(kept.numpy().tobytes())
+        return found
+
     def kept(self, label: str, **depends: object) -> bool:
         """Say whether a whole file for this label and `depends` is there."""
         try:
@@ -51,6 +66,14 @@ class Store:
     def _path(self, label: str, depends: dict[str, object]) -> Path:
         key = hashlib.sha256(f"{self.about}|{label}|{_canonical(depends)}".encode()).hexdigest()
         return self.folder / f"{label.replace(' ', '-').replace('/', '-')}-{key[:16]}.safetensors"
+
+
+def code_digest() -> str:
+    """Name the code of this package: figures that other code made are made again."""
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def _canonical(depends: dict[str, object]) -> str:

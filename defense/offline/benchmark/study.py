@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from defense.offline.benchmark.contestants import Contestant, TwoLooks
 from defense.offline.benchmark.metrics import flagged, roc
 from defense.offline.benchmark.peers import Score
 from defense.offline.benchmark.splits import Split, make_split
+from defense.offline.benchmark.store import code_digest
 from defense.offline.benchmark.trials import Field, Made, Material, joined
 
 SEEDS = (0, 1, 2)
@@ -143,17 +145,32 @@ def run_study(
             results.setdefault("absent", {})[entrant.name] = absent
             continue
         try:
-            seen, sealed = _fit_and_judge(material, entrant, seeds)
-            unseen = _left_out(material, entrant, seeds)
+            found = material.subject.store.keep_plain(
+                f"contestant {entrant.name}",
+                partial(_entry, material, entrant, seeds),
+                seeds=list(seeds),
+                entrant=[entrant.kind, entrant.fit, entrant.about],
+                images=material.digest(),
+                code=code_digest(),
+            )
         except SiteError as error:
             results.setdefault("absent", {})[entrant.name] = str(error)
             continue
-        results["contestants"][entrant.name] = row(entrant, seen, unseen)
-        if sealed:
-            results["sealed"][entrant.name] = row(entrant, sealed, [])
-        results["roc"][entrant.name] = {"all": seen[0].curve}
+        for part, figures in found.items():
+            results[part][entrant.name] = figures
         material.subject.progress.advance()
     return results
+
+
+def _entry(material: Material, entrant: Contestant, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what one contestant adds to each part of the results."""
+    seen, sealed = _fit_and_judge(material, entrant, seeds)
+    unseen = _left_out(material, entrant, seeds)
+    found = {
+        "contestants": row(entrant, seen, unseen),
+        "roc": {"all": seen[0].curve},
+    }
+    return found | ({"sealed": row(entrant, sealed, [])} if sealed else {})
 
 
 def _fit_and_judge(

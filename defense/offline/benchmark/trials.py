@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -76,6 +77,15 @@ class Material:
     harmless: Mapping[str, Made]
     open: Field
     sealed: Field = field(repr=False)
+
+    def digest(self) -> str:
+        """Name everything that was made of the images, by the network's answers to it."""
+        name = hashlib.sha256()
+        for part in (self.open, self.sealed):
+            for made in (*part.assaults.values(), *part.shifted.values(), *part.noisy.values()):
+                name.update(made.rows.numpy().tobytes())
+                name.update(made.sample.routed.logits.numpy().tobytes())
+        return name.hexdigest()[:32]
 
     def trial(self, split: Split, seed: int, *, without: str | None = None) -> Trial:
         """Return what a contestant may learn from, but for the attack family `without`."""
