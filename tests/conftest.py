@@ -98,7 +98,9 @@ def net(trained: SmallNet) -> SmallNet:
 def guard(trained: SmallNet, digits: Digits) -> Guard:
     """A density guard for the trained network that can promise one false alarm in a thousand."""
     rest = (digits.images[TRAINED_ON:], digits.labels[TRAINED_ON:])
-    return fit_module(trained, [rest], options=FitOptions(detector="density", calibration_share=0.75))
+    return fit_module(
+        trained, [rest], options=FitOptions(detector="density", calibration_share=0.75)
+    )
 
 
 @pytest.fixture

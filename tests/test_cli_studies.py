@@ -112,7 +112,9 @@ def test_a_part_of_the_images_is_taken_by_number(
     common = ("fit", "--archive", archive, "--data", digits.fit, "--out", "guard")
     code, _, said = run(*common, "--part", "half")
     assert code == 1
-    assert "--part takes one of several parts such as 1/2, or some such as 1-4/5, not 'half'" in said
+    assert (
+        "--part takes one of several parts such as 1/2, or some such as 1-4/5, not 'half'" in said
+    )
     code, _, said = run(*common, "--part", "1/2")
     assert code == 0
     assert "Guard written to guard" in said
