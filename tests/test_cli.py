@@ -134,7 +134,7 @@ def test_a_witness_is_named_by_its_card_and_asked_for_in_the_guard(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_digits, "WITNESS", replace(WITNESS, settings=settings))
         train_witness(digits, card, seed=0)
-    words = ("--archive", archive, "--data", digits.fit, "--limit", 200, "--witness", card)
+    words = ("--archive", archive, "--data", digits.fit, "--limit", 200, "--witness", card.name)
 
     refused = run("fit", *words, "--detector", "density", "--out", tmp_path / "none")
     code, _, said = run("fit", *words, "--out", tmp_path / "guard")

@@ -123,8 +123,6 @@ def fit(
         seed=seed,
     )
     chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks or "")]
-    # Absolute, because a handler that is opened offline finds itself in its own folder.
-    card = witness.absolute() if witness else None
     images = _images(data, part).shuffled(seed, limit)
     steps = fit_steps(len(images), options, len(chosen))
     with _opened(archive) as served, bar(console, "Fitting", steps) as progress:
@@ -132,7 +130,7 @@ def fit(
             served,
             images,
             options=options,
-            witness=card.absolute() if witness else None,
+            witness=witness.absolute() if witness else None,
             attacks=chosen,
             progress=progress,
         )

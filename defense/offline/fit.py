@@ -20,6 +20,7 @@ from defense.fingerprint import fingerprint
 from defense.guard import Guard, InputSpec
 from defense.looks import Extras
 from defense.offline.attacks import Attack
+from defense.offline.cards import load_network
 from defense.offline.collect import (
     PATH_ALONE,
     Served,
@@ -194,6 +195,8 @@ def _check(images: ImageSet, options: FitOptions, witness: Path | None) -> None:
             f"the detector '{options.detector}' does not look at a witness; leave --witness out, or "
             "take another detector"
         )
+    if witness is not None:
+        load_network(witness)  # a card that cannot be read is told now, not after minutes
 
 
 def _extras(
