@@ -80,3 +80,9 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("name", ["Dockerfile", "Makefile", "LICENSE", ".ci/run"])
 def test_what_the_readme_relies_on_is_there(name: str) -> None:
     assert (ROOT / name).is_file()
+
+
+def test_the_table_of_detection_is_that_of_the_benchmark() -> None:
+    found = re.search(r"<!-- detection -->\n(.*?)\n<!-- /detection -->", README, re.DOTALL)
+    assert found
+    assert found.group(1) in (ROOT / "benchmarks" / "detection.md").read_text()

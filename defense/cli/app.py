@@ -123,6 +123,8 @@ def fit(
         seed=seed,
     )
     chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks or "")]
+    # Absolute, because an archive that is open has its own folder as the working one.
+    card = witness.absolute() if witness else None
     images = _images(data, part).shuffled(seed, limit)
     steps = fit_steps(len(images), options, len(chosen))
     with _opened(archive) as served, bar(console, "Fitting", steps) as progress:
@@ -130,7 +132,7 @@ def fit(
             served,
             images,
             options=options,
-            witness=witness.absolute() if witness else None,
+            witness=card,
             attacks=chosen,
             progress=progress,
         )
