@@ -192,7 +192,7 @@ def test_a_guard_that_fails_has_the_configured_consequence(
     def broken(*_: object) -> None:
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr("defense.detectors.density.Density.score", broken)
+    monkeypatch.setattr("defense.detectors.fused.Fused.score", broken)
     answers, statuses, headers = ask(guard, folder, image)
 
     assert statuses == [status]
