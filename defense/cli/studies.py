@@ -155,7 +155,7 @@ def benchmark(
 ) -> None:
     """Judge the guard and published detectors alike: attacks, controls, attackers who know all.
 
-    Takes about an hour and a half on two cores for 5,000 small images. Interrupt it as you like.
+    Takes hours on two cores for 5,000 small images; interrupt it as you like, it goes on from there.
     The attacks are for testing one's own models.
 
     Example: `pathguard benchmark --archive model_store/cifar10.mar --data data/cifar10.zip/test`
