@@ -23,11 +23,12 @@ from defense.detectors import detector_named
 from defense.errors import ArtifactError, PathGuardError
 from defense.guard import Guard, InputSpec
 from defense.looks import Echo
+from defense.memory import Nearness
 from defense.routers import check_serves, router_named
 from defense.state import Tensors, join, split
 from defense.witness import Witness
 
-SCHEMA = 2
+SCHEMA = 3
 JSON_NAME = "guard.json"
 TENSORS_NAME = "tensors.safetensors"
 MAX_JSON_BYTES = 64_000_000
@@ -42,6 +43,7 @@ def save_guard(guard: Guard, folder: Path) -> None:
         **{f"calibrations.{look}": ranks for look, ranks in guard.calibrations.items()},
         "witness": guard.witness,
         "echo": guard.echo,
+        "nearness": guard.nearness,
     }
     described: dict[str, Any] = {}
     tensors: Tensors = {}
@@ -57,6 +59,7 @@ def save_guard(guard: Guard, folder: Path) -> None:
         "calibrations": {look: described[f"calibrations.{look}"] for look in guard.calibrations},
         "witness": described["witness"],
         "echo": described["echo"],
+        "nearness": described["nearness"],
         "class_names": list(guard.class_names),
         "inputs": {"shape": list(guard.inputs.shape), "dtype": guard.inputs.dtype},
         "facts": guard.facts,
@@ -102,6 +105,7 @@ def load_guard(folder: Path) -> Guard:
             facts=dict(document["facts"]),
             witness=join(Witness | None, document["witness"], tensors),
             echo=join(Echo | None, document["echo"], tensors),
+            nearness=join(Nearness | None, document["nearness"], tensors),
         )
     except PathGuardError:
         raise
@@ -112,11 +116,11 @@ def load_guard(folder: Path) -> Guard:
 
 
 def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a description of schema 1, which knew the path alone, as one of schema 2."""
-    if document.get("schema") != 1 or "calibration" not in document:
-        return document
-    path = {"path": document["calibration"]}
-    return {**document, "schema": 2, "calibrations": path, "witness": None, "echo": None}
+    """Return a description of schema 1 (the path alone) or 2 (no nearness) as one of schema 3."""
+    if document.get("schema") == 1 and "calibration" in document:
+        path = {"path": document["calibration"]}
+        document = {**document, "schema": 2, "calibrations": path, "witness": None, "echo": None}
+    return {**document, "schema": 3, "nearness": None} if document.get("schema") == 2 else document
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

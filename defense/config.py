@@ -7,6 +7,7 @@ in the guard. Unknown keys are errors that name the nearest valid one.
 from __future__ import annotations
 
 import reprlib
+import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,6 +30,13 @@ def _text_keys(value: object) -> object:
 def _off(value: object) -> object:
     """YAML reads a bare `off` as false."""
     return "off" if value is False else value
+
+
+def _unless_off(value: object) -> object:
+    """`off` switches a block off, where null would read as forgotten."""
+    if value is None:
+        raise ValueError("give its keys, or off")
+    return None if _off(value) == "off" else value
 
 
 class Strict(BaseModel):
@@ -63,6 +71,17 @@ class SecondLook(Strict):
 
     below_p: Rate = 0.04
     budget_ms: Annotated[float, Field(ge=0, le=10_000)] = 20
+
+
+class Probing(Strict):
+    """When requests are the questions of an attack: so many of the last ones were nearly the same."""
+
+    after: Annotated[int, Field(ge=2, le=1000)] = Field(
+        default=8, description="nearly equal, but not equal, requests that must have come before"
+    )
+    remember: Annotated[int, Field(ge=16, le=65_536)] = Field(
+        default=4096, description="different requests that every worker compares with"
+    )
 
 
 class Limits(Strict):
@@ -111,6 +130,11 @@ class ModelSettings(Strict):
         default=SecondLook(),
         description="where a guard has a second look: the first p-value up to which a request gets "
         "it, and what it may take per batch",
+    )
+    probing: Annotated[Probing | None, BeforeValidator(_unless_off)] = Field(
+        default=Probing(),
+        description="refuses requests that are nearly those that came before, as an attack by queries "
+        "sends them; off where clients send streams of nearly equal images, such as video",
     )
     optimize: bool = Field(
         default=False,
@@ -191,7 +215,7 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 def _laid_over(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Lay keys over others; blocks key by key, but rules whole: one may be a rate, one a score."""
     merged = {**defaults, **own}
-    for block in ("limits", "second_look"):
+    for block in ("limits", "second_look", "probing"):
         if isinstance(defaults.get(block), dict) and isinstance(own.get(block), dict):
             merged[block] = {**defaults[block], **own[block]}
     return merged
@@ -221,6 +245,8 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[str(part)].annotation
+            if isinstance(model, types.UnionType):  # a block that may be off
+                model = model.__args__[0]
         else:
             model = model.__args__[-1]
     return sorted(model.model_fields)

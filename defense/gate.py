@@ -35,7 +35,7 @@ class Outcome:
 
     `answer` is the handler's own; it is absent where the request was `invalid` or its handling
     failed (`failure`), which `shadow` and `off` never say. `verdict` is absent where nothing was
-    scored.
+    scored. `probing` marks what the memory of recent requests takes for a question of an attack.
     """
 
     answer: object = None
@@ -44,6 +44,7 @@ class Outcome:
     failure: Exception | None = None
     score: float | None = None
     p_value: float | None = None
+    probing: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,11 @@ class _Batch:
                 rows = finite.to(routed.path.device)
                 routed, inputs = routed.take(rows), None if inputs is None else inputs[rows]
             scored = self._scored(routed)
+            probing = self.attached.probes(routed, self.rules.settings.probing)
         if inputs is not None:
             scored = self._looked_again(scored, routed, inputs)
         with self.metrics.timed("decide"):
-            verdicts = iter([outcome for part in scored for outcome in self._verdicts(part)])
+            verdicts = iter(self._verdicts(scored, probing))
         return [
             next(verdicts) if good else Outcome(invalid=InvalidReason.NOT_FINITE)
             for good in finite.tolist()
@@ -247,13 +249,22 @@ class _Batch:
         self.metrics.error(error.stage, count)
         return [Outcome(verdict=Verdict.ERROR)] * count
 
-    def _verdicts(self, scored: Scored | GuardFailure) -> list[Outcome]:
-        if isinstance(scored, GuardFailure):
-            return self._failed(scored, 1)
-        rows = zip(
-            self.rules.policy.decide(scored),
-            scored.score.tolist(),
-            scored.p_value.tolist(),
-            strict=True,
-        )
-        return [Outcome(verdict=v, score=score, p_value=p) for v, score, p in rows]
+    def _verdicts(
+        self, parts: list[Scored | GuardFailure], probing: Tensor | None
+    ) -> list[Outcome]:
+        """Return the outcomes of a batch's parts, one after the other; a failure is of one row."""
+        found: list[Outcome] = []
+        for part in parts:
+            if isinstance(part, GuardFailure):
+                found += self._failed(part, 1)
+                continue
+            asks = None if probing is None else probing[len(found) :][: len(part)]
+            rows = zip(
+                self.rules.policy.decide(part, asks),
+                part.score.tolist(),
+                part.p_value.tolist(),
+                [False] * len(part) if asks is None else asks.tolist(),
+                strict=True,
+            )
+            found += [Outcome(verdict=v, score=s, p_value=p, probing=q) for v, s, p, q in rows]
+        return found

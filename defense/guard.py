@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from defense.backbone import GatedBackbone, Recording
 from defense.calibration import Calibration
-from defense.config import ModelSettings
+from defense.config import ModelSettings, Probing
 from defense.detectors import Detector
 from defense.errors import ArtifactError, GuardFailure
 from defense.fingerprint import fingerprint
 from defense.looks import Echo, Extras, Pace, Plan, make_plan
+from defense.memory import Memory, Nearness
 from defense.policy import Policy, make_policy
 from defense.routers import ForwardRouter
 from defense.sites import check_settled, device_of
@@ -73,6 +74,8 @@ class Guard:
     """Provenance for people: counts, seed, command, versions, report card. Never read to decide."""
     witness: Witness | None = None
     echo: Echo | None = None
+    nearness: Nearness | None = None
+    """When two requests are of nearly the same image; None for a guard that was never told."""
 
     def __post_init__(self) -> None:
         unknown = [look for look in self.calibrations if look not in LOOKS]
@@ -189,12 +192,16 @@ class AttachedGuard:
         self.plan = guard.plan(settings)
         self.policy: Policy = make_policy(settings, self.plan.calibration, guard.class_names)
         self.pace = Pace()
+        self.probing = settings.probing
         self.device = device_of(model)
         self.guard = dataclasses.replace(
             guard,
             router=to_device(guard.router, self.device),
             detector=to_device(guard.detector, self.device),
+            nearness=to_device(guard.nearness, self.device),
         )
+        near = self.guard.nearness
+        self.memory = None if near is None else Memory(near)
         if settings.optimize:
             # Convolutions follow their weights' layout: logits equal to rounding, not to the bit.
             model.to(memory_format=torch.channels_last)
@@ -227,14 +234,25 @@ class AttachedGuard:
         """
         with self.backbone.record() as recording:
             self.backbone.model(inputs)
-        scored = self.score(recording)
-        logits = recording.runs[0].logits
-        assert logits is not None
-        return Guarded(logits, scored, self.policy.decide(scored))
+        routed = self.backbone.routed(recording)
+        scored = self._scored(routed, recording)
+        probing = self.probes(routed, self.probing)
+        return Guarded(routed.logits, scored, self.policy.decide(scored, probing))
+
+    def probes(self, routed: Routed, probing: Probing | None) -> Tensor | None:
+        """Say which rows (N,) are questions of an attack; None where that is not asked.
+
+        Alone of what is said about a request this depends on others: on those that came before.
+        """
+        if probing is None or self.memory is None:
+            return None
+        return self.memory.see(routed.path, probing)
 
     def score(self, recording: Recording) -> Scored:
         """Score the one forward pass in `recording`; GuardFailure says at which stage it failed."""
-        routed = self.backbone.routed(recording)
+        return self._scored(self.backbone.routed(recording), recording)
+
+    def _scored(self, routed: Routed, recording: Recording) -> Scored:
         inputs = inputs_of(recording, len(routed))
         if inputs is None:
             return self.guard.score(routed)

@@ -33,6 +33,8 @@ class Counted(Protocol):
     def failure(self) -> Exception | None: ...
     @property
     def p_value(self) -> float | None: ...
+    @property
+    def probing(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Instruments:
     invalid: Counter
     passed: Counter
     second_looks: Counter
+    probing: Counter
     target_fpr: Gauge
     info: Gauge
     mode: Gauge
@@ -92,6 +95,9 @@ def make_instruments(registry: CollectorRegistry) -> Instruments:
             "Doubtful requests, by what became of their second look.",
             ("model", "result"),
         ),
+        probing=counter(
+            "probing", "Requests nearly equal to many before: an attack by queries.", ("model",)
+        ),
         target_fpr=gauge(
             "target_fpr", "Share of clean requests that a tier may hit.", ("model", "tier")
         ),
@@ -132,6 +138,7 @@ class ModelMetrics:
         self._second_looks = {
             result: instruments.second_looks.labels(model, result) for result in SECOND_LOOKS
         }
+        self._probing = instruments.probing.labels(model)
         self._seconds = {stage: instruments.seconds.labels(model, stage) for stage in STAGES}
         self._p_value = instruments.p_value.labels(model)
         self._last_scored = instruments.last_scored.labels(model)
@@ -180,6 +187,8 @@ class ModelMetrics:
                 self._errors["handler"].inc()
             if outcome.p_value is not None:
                 self._p_value.observe(outcome.p_value)
+            if outcome.probing:
+                self._probing.inc()
         for verdict, total in totals.items():
             self._verdicts[verdict].inc(total)
         if totals:

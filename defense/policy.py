@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from defense.calibration import Calibration
 from defense.config import ModelSettings, Rule, TierRule
 from defense.errors import ConfigError, nearest
@@ -35,9 +37,14 @@ class Policy:
     reject: Tier
     enforce: bool
 
-    def decide(self, scored: Scored) -> list[Verdict]:
-        """Return one verdict per row. Only `enforce` rejects; a rejection otherwise is a flag."""
+    def decide(self, scored: Scored, probing: Tensor | None = None) -> list[Verdict]:
+        """Return one verdict per row. Only `enforce` rejects; a rejection otherwise is a flag.
+
+        probing: (N,) bool, rows that are questions of an attack: rejected, whatever their score.
+        """
+        asks = [False] * len(scored) if probing is None else probing.tolist()
         rows = zip(
+            asks,
             scored.score.tolist(),
             scored.p_value.tolist(),
             scored.class_p_value.tolist(),
@@ -46,8 +53,10 @@ class Policy:
         )
         return [self._verdict(*row) for row in rows]
 
-    def _verdict(self, score: float, p_value: float, class_p_value: float, label: int) -> Verdict:
-        if self.reject.hits(score, p_value, class_p_value, label):
+    def _verdict(
+        self, asks: bool, score: float, p_value: float, class_p_value: float, label: int
+    ) -> Verdict:
+        if asks or self.reject.hits(score, p_value, class_p_value, label):
             return Verdict.REJECT if self.enforce else Verdict.FLAG
         flagged = self.flag.hits(score, p_value, class_p_value, label)
         return Verdict.FLAG if flagged else Verdict.ACCEPT

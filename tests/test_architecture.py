@@ -25,7 +25,7 @@ LAYERS = (
     ("sites", "config", "state", "archive"),
     ("routers", "detectors", "witness"),
     ("backbone", "calibration", "payload", "live", "obstacles"),
-    ("policy", "metrics", "exporter", "wrap", "looks"),
+    ("policy", "metrics", "exporter", "wrap", "looks", "memory"),
     ("guard",),
     ("artifact", "gate"),
     ("offline",),

@@ -298,9 +298,21 @@ def test_a_guard_of_the_schema_before_still_loads(guard: Guard, folder: Path) ->
     def older(document: dict[str, Any]) -> None:
         document["schema"] = 1
         document["calibration"] = document.pop("calibrations")["path"]
-        del document["witness"], document["echo"]
+        del document["witness"], document["echo"], document["nearness"]
 
     edit(folder, older)
     again = load_guard(folder)
     assert torch.equal(again.calibration.score, guard.calibration.score)
-    assert (again.witness, again.echo) == (None, None)
+    assert (again.witness, again.echo, again.nearness) == (None, None, None)
+
+
+def test_a_guard_from_before_there_was_a_memory_still_loads(seeing: Guard, tmp_path: Path) -> None:
+    def older(document: dict[str, Any]) -> None:
+        document["schema"] = 2
+        del document["nearness"]
+
+    save_guard(seeing, tmp_path / "guard")
+    edit(tmp_path / "guard", older)
+    again = load_guard(tmp_path / "guard")
+    assert again.nearness is None
+    assert again.witness is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from defense.config import ModelSettings, Settings, parse_settings, read_settings
+from defense.config import ModelSettings, Probing, Settings, parse_settings, read_settings
 from defense.errors import ConfigError
 
 DESIGN = """
@@ -22,6 +22,7 @@ defaults:
   expose_score: false
   witness: always
   second_look: {below_p: 0.04, budget_ms: 20}
+  probing: {after: 8, remember: 4096}
   optimize: false
 models:
   resnet18: {reject: {target_fpr: 0.0005}}
@@ -60,6 +61,26 @@ def test_off_needs_no_quotes_although_yaml_reads_it_as_false() -> None:
 def test_a_witness_can_be_switched_off_without_quotes() -> None:
     assert parsed("defaults: {witness: off}").defaults.witness == "off"
     assert parsed("defaults: {witness: second_look}").defaults.witness == "second_look"
+
+
+def test_the_memory_of_requests_can_be_switched_off_without_quotes() -> None:
+    assert parsed("defaults: {probing: off}").defaults.probing is None
+    assert parsed("defaults: {probing: {after: 4}}").defaults.probing == Probing(after=4)
+    laid_over = parsed("defaults: {probing: {after: 4}}\nmodels: {a: {probing: {remember: 64}}}")
+    assert laid_over.for_model("a").probing == Probing(after=4, remember=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{probing: }", "'defaults.probing' is not valid .*give its keys, or off"),
+        ("{probing: {after: 1}}", "'defaults.probing.after' is not valid"),
+        ("{probing: {after: 4, window: 9}}", "unknown key 'defaults.probing.window'"),
+    ],
+)
+def test_a_mistake_about_the_memory_is_one_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parsed(f"defaults: {text}")
 
 
 def test_classes_and_models_may_be_called_by_a_bare_number() -> None:

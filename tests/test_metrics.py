@@ -30,6 +30,7 @@ class One:
     invalid: InvalidReason | None = None
     failure: Exception | None = None
     p_value: float | None = None
+    probing: bool = False
 
 
 def test_every_verdict_reason_stage_and_result_exists_at_zero(counts: Counts) -> None:

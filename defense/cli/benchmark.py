@@ -14,12 +14,14 @@ import torch
 from rich.console import Console
 
 from defense.artifact import save_guard
-from defense.cli.served import served_pair
+from defense.cli.served import served_forms
+from defense.config import ModelSettings
 from defense.errors import DataError
 from defense.guard import Guard
 from defense.offline.attacks.queries import compare
 from defense.offline.attacks.queries.boundary import HopSkipJump
 from defense.offline.attacks.queries.lockstep import QueryAttack
+from defense.offline.attacks.queries.scattered import Scattered
 from defense.offline.attacks.queries.square import Square
 from defense.offline.benchmark.arsenal import make_arsenal
 from defense.offline.benchmark.card import report_card
@@ -45,8 +47,23 @@ from defense.wrap import wrap_archive
 from handlers.torchserve import HANDLER_SOURCE
 from handlers.torchserve_inner import open_archive
 
-QUERIED = {"square": 30, "boundary": 8}
-"""Images that are attacked over HTTP, a thousand queries each."""
+
+@dataclass(frozen=True)
+class Asked:
+    """An attack over HTTP. victim: the guarded form that it asks. count: images it tries to turn."""
+
+    attack: QueryAttack
+    count: int
+    victim: str = "guarded"
+
+
+ASKED = {
+    "square": Asked(Square(), 40),
+    "square, memory off": Asked(Square(), 40, "forgetful"),
+    "scattered": Asked(Scattered(), 40),
+    "boundary": Asked(HopSkipJump(), 12),
+}
+"""A thousand queries for every image."""
 REFUSED_AT = 0.01
 
 
@@ -144,7 +161,6 @@ def _ask(request: BenchmarkRequest, material: Material, guard: Guard) -> dict[st
     subject = material.subject
     split = make_split(material.pools, request.seed)
     rows = split.test[subject.right[split.test]]
-    attacks: dict[str, QueryAttack] = {"square": Square(), "boundary": HopSkipJump()}
 
     def measure() -> dict[str, Any]:
         found = {}
@@ -158,21 +174,27 @@ def _ask(request: BenchmarkRequest, material: Material, guard: Guard) -> dict[st
                 handler_source=HANDLER_SOURCE,
             )
             names = subject.labelling.names
-            with served_pair(request.archive, guarded, names, reject_fpr=REFUSED_AT) as pair:
-                for name, attack in attacks.items():
-                    chosen = rows[: QUERIED[name]]
+            with served_forms(request.archive, guarded, names, reject_fpr=REFUSED_AT) as forms:
+                for name, asked in ASKED.items():
+                    chosen = rows[: asked.count]
                     pixels = subject.pixels[chosen].float() / 255
                     labels = subject.labels[chosen]
+                    victim = getattr(forms, asked.victim)
                     found[name] = compare(
-                        attack, pair.stock, pair.guarded, pixels, labels, seed=request.seed
+                        asked.attack, forms.stock, victim, pixels, labels, seed=request.seed
                     )
         return found
 
-    asked = {name: rows[:count].tolist() for name, count in QUERIED.items()}
     # Another guard gives other answers; what it is calibrated with tells two of them apart.
     known = {look: float(each.score.sum()) for look, each in guard.calibrations.items()}
     return subject.store.keep_plain(
-        "queries", measure, attacks=repr(attacks), rows=asked, guard=known, at=REFUSED_AT
+        "queries",
+        measure,
+        attacks=repr(ASKED),
+        rows=rows.tolist(),
+        guard=known,
+        settings=ModelSettings().model_dump(mode="json"),
+        at=REFUSED_AT,
     )
 
 

@@ -1,4 +1,4 @@
-"""A model and its guarded form on one TorchServe, as oracles for attacks by queries."""
+"""A model and its guarded forms on one TorchServe, as oracles for attacks by queries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from handlers.torchserve_settings import ServedModel, ServerSettings
 
 CONCURRENCY = 32
 BATCH_DELAY_MS = 5
+FORGETFUL = "forgetful"
 STARTUP_SECONDS = 300
 """Studies run on busy machines."""
 GUARD_YAML = """\
@@ -21,31 +22,35 @@ version: 1
 defaults:
   flag: {{target_fpr: {fpr}}}
   reject: {{target_fpr: {fpr}}}
+models:
+  {forgetful}: {{probing: off}}
 metrics: {{port: {port}}}
 """
 
 
 @dataclass(frozen=True)
 class Served:
-    """The two oracles, and where the guard's metrics are read."""
+    """The oracles, and where the guard's metrics are read. forgetful: guarded, without a memory."""
 
     stock: HttpOracle
     guarded: HttpOracle
+    forgetful: HttpOracle
     metrics_url: str
 
 
 @contextmanager
-def served_pair(
+def served_forms(
     stock: Path, guarded: Path, class_names: Sequence[str], *, reject_fpr: float, batch: int = 8
 ) -> Iterator[Served]:
-    """Serve two archives on 127.0.0.1, until the block ends.
+    """Serve two archives on 127.0.0.1, the guarded one also without its memory of requests.
 
-    The guard refuses what it gives a p-value of `reject_fpr` or less, in (0, 1). class_names: what
-    both archives answer with. batch: requests that a worker takes at once.
+    They run until the block ends. The guard refuses what it gives a p-value of `reject_fpr` or
+    less, in (0, 1). class_names: what both archives answer with. batch: requests that a worker takes
+    at once.
     """
     with tempfile.TemporaryDirectory(prefix="pathguard-queries-") as folder:
         config, port = Path(folder) / "guard.yaml", free_port()
-        config.write_text(GUARD_YAML.format(fpr=reject_fpr, port=port))
+        config.write_text(GUARD_YAML.format(fpr=reject_fpr, port=port, forgetful=FORGETFUL))
         models = tuple(
             ServedModel(
                 name,
@@ -54,15 +59,16 @@ def served_pair(
                 max_batch_delay_ms=BATCH_DELAY_MS,
                 startup_timeout_s=STARTUP_SECONDS,
             )
-            for name, archive in (("stock", stock), ("guarded", guarded))
+            for name, archive in (("stock", stock), ("guarded", guarded), (FORGETFUL, guarded))
         )
         settings = on_free_ports(ServerSettings(models=models, guard_config=config))
         with (
             TorchServe(settings) as server,
             _oracle(server, "stock", class_names) as first,
             _oracle(server, "guarded", class_names) as second,
+            _oracle(server, FORGETFUL, class_names) as third,
         ):
-            yield Served(first, second, f"http://127.0.0.1:{port}/metrics")
+            yield Served(first, second, third, f"http://127.0.0.1:{port}/metrics")
 
 
 def _oracle(server: TorchServe, model: str, class_names: Sequence[str]) -> HttpOracle:

@@ -32,6 +32,7 @@ from defense.offline.collect import (
 from defense.offline.data import ImageSet
 from defense.offline.extras import SAMPLE, describe_extras, make_extras
 from defense.offline.harmless import CHANGES
+from defense.offline.nearness import fit_nearness
 from defense.offline.pixels import PixelSpace
 from defense.offline.progress import Progress, Silent
 from defense.offline.twins import SHIFTED, Maker, pixel_space, successes
@@ -352,6 +353,7 @@ def assemble(
         },
         witness=extras.witness if any(carries(k, "witness") for k in calibrations) else None,
         echo=extras.echo if any(carries(k, "echoes") for k in calibrations) else None,
+        nearness=fit_nearness(data.clean.path, calibration.path, seed=options.seed),
     )
 
 

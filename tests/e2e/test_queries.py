@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from defense.cli.served import Served, served_pair
+from defense.cli.served import Served, served_forms
 from defense.offline.attacks.queries import compare
 from defense.offline.attacks.queries.boundary import HopSkipJump
 from defense.offline.attacks.queries.lockstep import QueryAttack
@@ -28,7 +28,7 @@ ATTACKS = [Square(EPS, budget=12, p_init=0.3), HopSkipJump(EPS, budget=24, probe
 
 @pytest.fixture(scope="module")
 def served(counting: Pair) -> Iterator[Served]:
-    with served_pair(counting.stock, counting.guarded, DIGITS, reject_fpr=0.05) as pair:
+    with served_forms(counting.stock, counting.guarded, DIGITS, reject_fpr=0.05) as pair:
         yield pair
 
 

@@ -15,12 +15,13 @@ import torch
 
 from defense.artifact import load_guard
 from defense.cli import benchmark
-from defense.cli.benchmark import BenchmarkRequest, sealed_rows, write
+from defense.cli.benchmark import Asked, BenchmarkRequest, sealed_rows, write
 from defense.errors import DataError
 from defense.offline.archived import pack_network
 from defense.offline.attacks.adaptive import ADAPTIVE
 from defense.offline.attacks.queries.boundary import HopSkipJump
 from defense.offline.attacks.queries.oracle import ModelOracle
+from defense.offline.attacks.queries.scattered import Scattered
 from defense.offline.attacks.queries.square import Square
 from defense.offline.benchmark import arsenal, study, whitebox
 from defense.offline.benchmark.contestants import contestants
@@ -52,11 +53,14 @@ def small_study(monkeypatch: pytest.MonkeyPatch, weak_card: Path) -> None:
     wanted = ("pathguard", "path alone", "max_softmax", "pooled_activations")
     few = [each for each in contestants() if each.name in wanted]
     monkeypatch.setattr(benchmark, "contestants", lambda: few)
-    monkeypatch.setattr(benchmark, "QUERIED", {"square": 4, "boundary": 2})
-    monkeypatch.setattr(benchmark, "Square", partial(Square, budget=10))
-    monkeypatch.setattr(benchmark, "HopSkipJump", partial(HopSkipJump, budget=20, probes=4))
+    asked = {
+        "square": Asked(Square(budget=10), 4),
+        "scattered": Asked(Scattered(budget=10), 4, "forgetful"),
+        "boundary": Asked(HopSkipJump(budget=20, probes=4), 2),
+    }
+    monkeypatch.setattr(benchmark, "ASKED", asked)
     monkeypatch.setattr(study, "FEW", 30)
-    monkeypatch.setattr(benchmark, "served_pair", partial(in_process, weak_card))
+    monkeypatch.setattr(benchmark, "served_forms", partial(in_process, weak_card))
 
 
 @contextmanager
@@ -68,7 +72,8 @@ def in_process(
     assert load_guard(guarded.parent / "guard").class_names == tuple(names)
     assert reject_fpr == 0.01
     network = serve(card).backbone
-    yield SimpleNamespace(stock=ModelOracle(network), guarded=ModelOracle(network))
+    forms = ("stock", "guarded", "forgetful")
+    yield SimpleNamespace(**{form: ModelOracle(network) for form in forms})
 
 
 def refuse(constant: str) -> None:
@@ -96,7 +101,7 @@ def test_a_benchmark_is_measured_and_written(
     assert results["attacks"].keys() == {"fgsm_8", "pgd_4", "cdrp"}
     assert results["seeds"] == [0, 1, 2]
     assert results["contestants"]["pathguard"]["seen"]["fgsm_8"]["auroc"]["mean"] > 0.5
-    assert results["queries"]["attack"].keys() == {"square", "boundary"}
+    assert results["queries"]["attack"].keys() == {"square", "scattered", "boundary"}
     assert results["queries"]["attack"]["square"]["ratio"] in (None, 1.0)
     assert results["adaptive"]["eps_255"] == [4]
     assert {"splits apart", "twins together", "null test"} <= results["sanity"].keys()
@@ -127,7 +132,7 @@ def test_another_guard_is_asked_anew_and_the_same_one_is_not(
         served.append(given[2])
         return in_process(*given, **how)
 
-    monkeypatch.setattr(benchmark, "served_pair", partial(serving, weak_card))
+    monkeypatch.setattr(benchmark, "served_forms", partial(serving, weak_card))
     monkeypatch.setattr(benchmark, "wrap_archive", lambda _from, to, **_how: to.write_text("mar"))
     request = BenchmarkRequest(tmp_path / "x.mar", tmp_path, None, (), tmp_path, tmp_path, "")
     first, again, other = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from defense.errors import DataError
 from defense.offline.benchmark.discipline import (
     attack_works,
+    different_images_are_no_questions,
     digests,
     grids_do_not_matter,
     near_target,
@@ -21,6 +24,7 @@ from defense.offline.benchmark.discipline import (
 from defense.offline.benchmark.metrics import auroc
 from defense.offline.benchmark.sanity import Check
 from defense.offline.benchmark.shifts import eight_bit, jpeg
+from defense.offline.nearness import fit_nearness
 
 QUALITY = 75
 
@@ -168,6 +172,17 @@ def test_a_detector_that_looks_at_the_picture_passes() -> None:
     scores = looks_at_brightness(calibration)
     check = grids_do_not_matter(looks_at_brightness, images, scores, seed=0)
     assert check.passed, check.says
+
+
+def test_a_memory_that_takes_different_images_for_questions_is_found() -> None:
+    paths = torch.randn(600, 30, generator=torch.Generator().manual_seed(0))
+    sound = fit_nearness(paths[:300], paths[300:], seed=0)
+    check = different_images_are_no_questions(sound, paths)
+    assert (check.name, check.passed) == ("different images are no questions", True)
+    loose = dataclasses.replace(sound, radius=4 * sound.radius)
+    check = different_images_are_no_questions(loose, paths)
+    assert not check.passed
+    assert "of 600 different clean images were taken for questions" in check.says
 
 
 def test_too_few_calibration_scores_for_the_target_are_an_error() -> None:

@@ -128,23 +128,34 @@ def test_noise_controls_have_the_norms_of_the_attack_image_by_image() -> None:
     delta = torch.zeros_like(images)
     delta[1] = 8 / 255 * torch.where(images[1] > 0.5, -1, 1)
     delta[2, 0, :4, :4] = 30 / 255  # few values, much each
-    found = noise_controls(images, delta, seed=4)
+    found = noise_controls(images, delta, norm="linf", seed=4)
     uniform, gaussian = (found[name] - images for name in ("uniform", "gaussian"))
     assert torch.allclose(uniform.abs().amax((1, 2, 3)), delta.abs().amax((1, 2, 3)))
     assert torch.allclose(gaussian.flatten(1).norm(dim=1), delta.flatten(1).norm(dim=1), rtol=0.01)
     assert all(torch.equal(noisy, eight_bit(noisy)) for noisy in found.values())
     assert all(torch.equal(noisy[0], images[0]) for noisy in found.values())
-    assert torch.equal(noise_controls(images, delta, seed=4)["gaussian"], found["gaussian"])
+    assert torch.equal(
+        noise_controls(images, delta, norm="linf", seed=4)["gaussian"], found["gaussian"]
+    )
+
+
+def test_uniform_noise_of_an_attack_that_minimises_its_length_has_that_length() -> None:
+    images = pictures(count=2, side=24)
+    delta = torch.zeros_like(images)
+    delta[:, 0, :4, :4] = 30 / 255  # one pixel of it is no measure of its size
+    uniform = noise_controls(images, delta, norm="l2", seed=0)["uniform"] - images
+    assert torch.allclose(uniform.flatten(1).norm(dim=1), delta.flatten(1).norm(dim=1), rtol=0.01)
+    assert float(uniform.abs().max()) < 15 / 255
 
 
 def test_noise_smaller_than_half_a_step_everywhere_is_still_noise() -> None:
     images = pictures(count=1)
     delta = torch.zeros_like(images)
     delta[0, 0, 0, :9] = 1 / 255  # an L2 norm of three steps over 768 values
-    gaussian = noise_controls(images, delta, seed=0)["gaussian"] - images
+    gaussian = noise_controls(images, delta, norm="l2", seed=0)["gaussian"] - images
     assert float(gaussian.norm()) == pytest.approx(3 / 255, rel=0.05)
 
 
 def test_a_change_of_another_shape_is_an_error() -> None:
     with pytest.raises(DataError, match="noise controls need one change per image; got images of"):
-        noise_controls(pictures(3), torch.zeros(2, 3, 16, 16), seed=0)
+        noise_controls(pictures(3), torch.zeros(2, 3, 16, 16), norm="l2", seed=0)

@@ -28,6 +28,7 @@ from defense.offline.attacks.queries.oracle import (
     ModelOracle,
     read_answer,
 )
+from defense.offline.attacks.queries.scattered import Scattered
 from defense.offline.attacks.queries.square import Square
 from defense.offline.pixels import LEVELS, PixelSpace
 from tests.conftest import Digits
@@ -189,6 +190,23 @@ def test_after_refused_stripes_squares_start_from_the_image_itself(
     changed = (oracle.rounds[1] != images).flatten(1).sum(1)
     assert int(changed.min()) >= 1
     assert int(changed.max()) <= 9
+
+
+def test_the_scattered_attack_asks_about_new_stripes_of_full_size_every_time(
+    trained: SmallNet, right: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = right
+    oracle = Recorded(trained)
+    found = Scattered(EPS, budget=6).run(oracle, images, labels, seed=0)
+    assert 0 < int(found.success.sum()) < COUNT
+    never = ~found.success
+    levels = (images[never] * 255).round()
+    bound = int(EPS * 255 + 1e-4)
+    free = (levels >= bound) & (levels <= 255 - bound)
+    asked = [part[never[found.queries > n]] for n, part in enumerate(oracle.rounds)]
+    changes = [(part * 255).round() - levels for part in asked]
+    assert all(change[free].abs().unique().tolist() == [bound] for change in changes)
+    assert not torch.equal(changes[0], changes[1])
 
 
 def test_the_distance_to_the_boundary_only_shrinks_and_ends_far_below_the_start(

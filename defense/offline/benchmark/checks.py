@@ -15,6 +15,7 @@ from defense.offline.attacks.adaptive import open_guard
 from defense.offline.benchmark.contestants import two_looks
 from defense.offline.benchmark.discipline import (
     attack_works,
+    different_images_are_no_questions,
     digests,
     grids_do_not_matter,
     near_target,
@@ -93,13 +94,16 @@ def check_guard(material: Material, guard: Guard, seed: int) -> Iterator[Check]:
     )
     images = material.clean.pixels[split.test]
     yield grids_do_not_matter(_on_pixels(material, score), images, calibration, seed=seed)
-    hits = {
-        name: flagged(calibration, score(made.of(split.test).sample), 0.05)
-        for name, made in material.harmless.items()
-    }
+    hits = {}
+    for name, made in material.harmless.items():
+        here = made.of(split.test)
+        right = here.sample.routed.predicted == subject.labels[here.rows]
+        hits[name] = flagged(calibration, score(here.sample.take(right)), 0.05)
     yield near_target(
         {k: h for k, h in hits.items() if h is not None}, 0.05, name="harmless changes"
     )
+    if guard.nearness is not None:
+        yield different_images_are_no_questions(guard.nearness, material.clean.routed.path)
     opened = open_guard(guard, subject.served.backbone, subject.space)
     yield gradient_reaches(lambda x: opened(x).score, images[:FEW])
 

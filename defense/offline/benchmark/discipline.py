@@ -14,7 +14,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from defense.config import Probing
 from defense.errors import DataError
+from defense.memory import Memory, Nearness
 from defense.offline.benchmark.metrics import (
     RESAMPLES,
     areas,
@@ -153,6 +155,24 @@ def near_target(
     says = f"at a target rate of {target:.1%} harmless images are flagged: {rates}"
     hint = f"; the detector sees something else than attacks in: {', '.join(loud)}" if loud else ""
     return Check(name, not loud and bool(rates), says + hint if rates else "no control has a row")
+
+
+def different_images_are_no_questions(
+    nearness: Nearness, paths: Tensor, *, most: float = 0.001
+) -> Check:
+    """Check that a stream of different clean images is not taken for an attack by queries.
+
+    paths: (N, D) of the images, as they come; the memory is that of the default settings.
+    """
+    memory, rule = Memory(nearness), Probing()
+    asked = torch.cat([memory.see(part, rule) for part in paths.split(CHUNK)])
+    share = float(asked.double().mean())
+    return Check(
+        "different images are no questions",
+        share <= most,
+        f"{int(asked.sum())} of {len(paths)} different clean images were taken for questions of an "
+        f"attack; expected at most {most:.1%}",
+    )
 
 
 def grids_do_not_matter(

@@ -100,7 +100,9 @@ _NOTES = {
     "the target of 1 %. Rates are on a logarithmic axis; in the tables orange is above the target.",
     "adaptive": "They differentiate through network and detector. Few published detectors have "
     "withstood this; the table says what evading costs.",
-    "queries": "They send images to the running server and go on from its answers and verdicts.",
+    "queries": "They send images to the running server and go on from its answers and verdicts. The "
+    "guard remembers recent requests and refuses nearly equal ones (switched off where the row says "
+    "so); the scattered attack knows that, and asks about stripes as unlike each other as it can.",
     "sealed": "If the benchmark had been tuned to its own images, these figures would be lower.",
 }
 

@@ -134,11 +134,12 @@ def regridded(images: Tensor, *, seed: int) -> dict[str, Tensor]:
     }
 
 
-def noise_controls(images: Tensor, change: Tensor, *, seed: int) -> dict[str, Tensor]:
+def noise_controls(images: Tensor, change: Tensor, *, norm: str, seed: int) -> dict[str, Tensor]:
     """Return clean images with random noise that is, image by image, as large as an attack's change.
 
-    change: (N, C, H, W), attacked minus clean images. `uniform` has the attack's L-infinity norm
-    and `gaussian` its L2 norm, after rounding and clipping. An L2 norm too small for noise in every
+    change: (N, C, H, W), attacked minus clean images. norm: in which the attack is bounded or made
+    small, linf or l2. `uniform` has the attack's length in that norm and `gaussian` its L2 norm,
+    after rounding and clipping. An L2 norm too small for noise in every
     value lands on the few where the noise is largest, as whole steps, because a file knows no less.
     """
     images, change = _pictures(images), change.detach().float().cpu()
@@ -148,13 +149,15 @@ def noise_controls(images: Tensor, change: Tensor, *, seed: int) -> dict[str, Te
             f"and changes of shape {tuple(change.shape)}"
         )
     generator = torch.Generator().manual_seed(seed)
+    length = _length(change)
     bound = (change.abs().amax(dim=(1, 2, 3), keepdim=True) * LEVELS).round()
     uniform = torch.rand(images.shape, generator=generator)
     steps = (uniform * (2 * bound + 1)).floor().clamp(max=2 * bound) - bound
     normal = torch.randn(images.shape, generator=generator)
+    even = eight_bit(images + steps / LEVELS)
     return {
-        "uniform": eight_bit(images + steps / LEVELS),
-        "gaussian": _scaled_noise(images, normal, _length(change)),
+        "uniform": even if norm == "linf" else _scaled_noise(images, 2 * uniform - 1, length),
+        "gaussian": _scaled_noise(images, normal, length),
     }
 
 
@@ -164,7 +167,7 @@ def _scaled_noise(images: Tensor, noise: Tensor, length: Tensor) -> Tensor:
     Rounding and clipping change the norm, but never let it fall as the scale grows: so halve.
     """
     low = torch.zeros(len(images), 1, 1, 1)
-    high = torch.ones_like(low)  # noise of deviation 1 fills any picture
+    high = torch.ones_like(low)  # noise of size 1 fills any picture
     enough = length * (1 - 1e-4)  # sums of equal steps differ in their last digits
     for _ in range(HALVINGS):
         middle = (low + high) / 2

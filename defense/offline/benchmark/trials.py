@@ -166,7 +166,8 @@ def _noisy(subject: Subject, name: str, assaults: Mapping[str, Assault]) -> dict
         rows = assault.rows[:few]
         images = subject.pixels[rows].float() / 255
         change = assault.sample.pixels[:few] - images
-        for kind, noisy in noise_controls(images, change, seed=subject.seed).items():
+        controls = noise_controls(images, change, norm=assault.attack.norm, seed=subject.seed)
+        for kind, noisy in controls.items():
             label = f"{kind} noise of {assault.attack.name}"
             found[label] = _made(subject, f"{name} {label}", rows, noisy)
     return found

@@ -47,7 +47,7 @@ class Square:
         return self.p_init / 2.0 ** bisect_left(HALVINGS, rescaled)
 
     def _walk(self, trail: Trail, draw: torch.Generator) -> Walk:
-        proposal, least = _stripes(trail, draw), math.inf
+        proposal, least = stripes(trail, draw), math.inf
         for number in range(self.budget):
             answers = yield from trail.ask(proposal[None])
             if trail.succeeded:
@@ -72,7 +72,8 @@ def _margin(answers: Answers, label: int) -> float:
     return float(logs[label] - others.max())
 
 
-def _stripes(trail: Trail, draw: torch.Generator) -> Tensor:
+def stripes(trail: Trail, draw: torch.Generator) -> Tensor:
+    """Return the attacked image with every column moved up or down by all that eps allows."""
     channels, _, width = trail.image.shape
     return _moved(trail, _signs((channels, 1, width), draw))
 
