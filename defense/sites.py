@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.errors import SiteError, nearest
+from defense.graphs import class_of, make_observable
 from defense.types import Site
 
 _ACTIVATION_NAMES = """
@@ -67,7 +68,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Call], Tensor | None]
     def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _args: object, output: object) -> None:
             nonlocal mixer
-            if isinstance(module, MAPS + TOKENS):
+            if is_a(module, MAPS + TOKENS):
                 mixer = module
             index = counts.get(name, 0)
             counts[name] = index + 1
@@ -89,10 +90,15 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Call], Tensor | None]
     return calls, output
 
 
+def is_a(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Say whether a module is of one of these classes, or was before it became part of a graph."""
+    return issubclass(class_of(module), kinds)
+
+
 def is_block(call: Call) -> bool:
     """Say whether the call is that of a composite with weights: a residual, attention or MLP block."""
     composite = any(True for _ in call.module.children())
-    return composite and call.name != "" and not isinstance(call.module, nn.Sequential)
+    return composite and call.name != "" and not is_a(call.module, (nn.Sequential,))
 
 
 def channel_axis(call: Call) -> int:
@@ -100,21 +106,22 @@ def channel_axis(call: Call) -> int:
     shape = call.output.shape
     if len(shape) == 2:
         return -1
-    if isinstance(call.mixer, MAPS):
+    if call.mixer is not None and is_a(call.mixer, MAPS):
         return 1
     if len(shape) == 3:
         return -1
     # A linear layer inside a convolutional block (squeeze-and-excitation) scales channels.
-    width = getattr(call.mixer, "out_features", None)
-    return 1 if width == shape[1] else -1
+    linear = call.mixer is not None and is_a(call.mixer, (nn.Linear,))
+    weight = getattr(call.mixer, "weight", None) if linear else None
+    return 1 if weight is not None and weight.shape[0] == shape[1] else -1
 
 
 def check_settled(model: nn.Module) -> None:
     """Raise SiteError where answers depend on batch neighbours or chance, and runs change weights."""
     for name, module in model.named_modules():
-        if module.training and isinstance(module, UNSETTLED) and getattr(module, "p", 1) > 0:
+        if module.training and is_a(module, UNSETTLED) and getattr(module, "p", 1) > 0:
             raise SiteError(
-                f"the layer '{name}' ({type(module).__name__}) is in training mode, so no request's "
+                f"the layer '{name}' ({class_of(module).__name__}) is in training mode, so no request's "
                 "answer is its own; call eval() on the model before it is fitted or served"
             )
 
@@ -132,6 +139,7 @@ def discover_sites(
     example: (N, ...) a batch as the model takes it. names: restrict to these modules.
     Raises SiteError where nothing can be observed, a name does not exist or the model is in training.
     """
+    make_observable(model)
     check_settled(model)
     batch = example if example.shape[0] > 1 else torch.cat([example, example])
     calls, logits = trace(model, batch)
@@ -147,8 +155,8 @@ def discover_sites(
     if names is not None:
         chosen = _named(usable, names)
     else:
-        chosen = [c for c in usable if isinstance(c.module, ACTIVATIONS) or is_block(c)]
-        chosen = _distinct(chosen or [c for c in usable if isinstance(c.module, MAPS + TOKENS)])
+        chosen = [c for c in usable if is_a(c.module, ACTIVATIONS) or is_block(c)]
+        chosen = _distinct(chosen or [c for c in usable if is_a(c.module, MAPS + TOKENS)])
     if not chosen:
         raise SiteError(
             f"nothing to observe in {type(model).__name__}: it has no convolution, linear layer, "
