@@ -17,36 +17,12 @@ from tempfile import mkdtemp
 from types import FrameType
 
 from defense.errors import ServerError
-from handlers.torchserve_settings import ServerSettings
+from handlers.torchserve_logging import LOGGING
+from handlers.torchserve_settings import ServerSettings, stored_models
 
 LOG_NAME = "torchserve.log"
 _STOP_SECONDS = 20.0
 _LONGEST_SOCKET_PATH = 100  # of a Unix domain socket: 108 bytes on Linux, 104 on macOS
-# One rolling file; without the lines that TorchServe writes for every batch and metric.
-_LOGGING = """\
-<?xml version="1.0" encoding="UTF-8"?>
-<Configuration status="error">
-  <Appenders>
-    <RollingFile name="file" fileName="${sys:pathguard.log}"
-                 filePattern="${sys:pathguard.log}.%i">
-      <PatternLayout pattern="%d{ISO8601} [%-5p] %t %c - %m%n"/>
-      <SizeBasedTriggeringPolicy size="20 MB"/>
-      <DefaultRolloverStrategy max="5"/>
-    </RollingFile>
-  </Appenders>
-  <Loggers>
-    <Logger name="io.netty" level="error"/>
-    <Logger name="org.apache" level="off"/>
-    <Logger name="TS_METRICS" level="off"/>
-    <Logger name="MODEL_METRICS" level="off"/>
-    <Logger name="org.pytorch.serve.wlm" level="info">
-      <RegexFilter regex="(Looping backend|Backend response time|result=.METRICS).*"
-                   onMatch="DENY" onMismatch="NEUTRAL"/>
-    </Logger>
-    <Root level="info"><AppenderRef ref="file"/></Root>
-  </Loggers>
-</Configuration>
-"""
 
 
 def find_java() -> Path:
@@ -124,10 +100,10 @@ def private_folder() -> Iterator[Path]:
 def furnish(folder: Path, settings: ServerSettings, properties: str) -> None:
     (folder / "tmp").mkdir()
     (folder / "model_store").mkdir()
-    for model in settings.models:
-        (folder / "model_store" / f"{model.name}.mar").symlink_to(model.archive.resolve())
+    for name, (model, _) in stored_models(settings).items():
+        (folder / "model_store" / name).symlink_to(model.archive.resolve())
     (folder / "config.properties").write_text(properties)
-    (folder / "log4j2.xml").write_text(_LOGGING)
+    (folder / "log4j2.xml").write_text(LOGGING)
 
 
 def command(java: Path, home: Path, folder: Path, log: Path) -> list[str]:

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 from prometheus_client import values
 from ts.context import Context, RequestProcessor
+from ts.torch_handler.vision_handler import VisionHandler
 
 from defense.archive import extract_archive
 from defense.artifact import save_guard
+from defense.config import parse_settings
 from defense.errors import ArtifactError, PathGuardError
 from defense.offline.data import read_images
 from defense.offline.demo.digits import pack_digits, write_digits
@@ -29,6 +33,7 @@ from handlers.torchserve_server import free_port
 
 Worker = Callable[[str], TorchServeGuard]
 
+EXPLANATION = [0.25, -0.5]
 REJECT_ALL = "reject: {score: -1.0e+9}"
 FLAG_ALL = "flag: {score: -1.0e+9}, reject: {score: 1.0e+9}"
 ACCEPT_ALL = "flag: {score: 1.0e+9}, reject: {score: 1.0e+9}"
@@ -99,7 +104,8 @@ def context_of(folder: Path, requests: int = 0, **headers: str) -> Context:
     context = _offline_context(Archive(folder, manifest, ()), folder, None)
     context.request_ids = {row: f"id-{row}" for row in range(requests)}
     context.request_processor = [
-        RequestProcessor(headers if row == 0 else {}) for row in range(requests)
+        RequestProcessor({"host": "here", **(headers if row == 0 else {})})
+        for row in range(requests)
     ]
     return context
 
@@ -113,6 +119,11 @@ def ask(
     rows = range(len(bodies))
     statuses = [context.get_response_status(row)[0] for row in rows]
     return answers, statuses, [context.get_response_headers(row) for row in rows]
+
+
+def explained(*_: object) -> list[list[float]]:
+    """What a handler's `get_insights` says of a batch of one."""
+    return [EXPLANATION]
 
 
 def test_an_accepted_request_gets_the_handlers_own_answer(
@@ -212,12 +223,113 @@ def test_descriptions_and_predictions_in_one_batch_are_both_answered(
     assert [header.get("X-PathGuard-Verdict") for header in headers] == [None, "accept"]
 
 
+def test_an_explanation_is_refused_where_its_prediction_would_be(
+    worker: Worker, folder: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisionHandler, "get_insights", explained)
+    refused, refused_status, _ = ask(worker(REJECT_ALL), folder, image, explain="True")
+    given, given_status, headers = ask(worker(ACCEPT_ALL), folder, image, explain="True")
+
+    assert refused_status == [403]
+    assert json.loads(refused[0])["guard"] == {"verdict": "reject"}
+    assert (given, given_status) == ([EXPLANATION], [200])
+    assert headers == [{"X-PathGuard-Verdict": "accept"}]
+
+
+@pytest.mark.parametrize("mode", ["off", "shadow"])
+def test_off_and_shadow_explain_whatever_they_are_sent(
+    worker: Worker, folder: Path, image: bytes, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VisionHandler, "get_insights", explained)
+    guard = worker(f"mode: {mode}, {REJECT_ALL}")
+
+    assert ask(guard, folder, image, explain="True") == ([EXPLANATION], [200], [{}])
+
+
+def test_in_shadow_an_explanation_is_given_though_its_prediction_fails(
+    worker: Worker, folder: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no prediction")
+
+    monkeypatch.setattr(VisionHandler, "get_insights", explained)
+    monkeypatch.setattr(VisionHandler, "inference", broken)
+    guard = worker(f"mode: shadow, {REJECT_ALL}")
+
+    assert ask(guard, folder, image, explain="True") == ([EXPLANATION], [200], [{}])
+
+
+def test_an_explanation_that_fails_fails_alone(
+    worker: Worker, folder: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no gradients")
+
+    monkeypatch.setattr(VisionHandler, "get_insights", broken)
+    answers, statuses, headers = ask(worker(ACCEPT_ALL), folder, image, image, explain="True")
+
+    assert statuses == [503, 200]
+    assert json.loads(answers[0])["guard"] == {"verdict": "failed"}
+    assert headers[1]["X-PathGuard-Verdict"] == "accept"
+
+
+@pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
+def test_an_explanation_that_cannot_be_scored_follows_on_error(
+    worker: Worker,
+    folder: Path,
+    image: bytes,
+    on_error: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(VisionHandler, "get_insights", explained)
+    # A prediction that is made without the backbone leaves nothing to score.
+    monkeypatch.setattr(VisionHandler, "inference", lambda _self, batch: batch.flatten(1))
+    guard = worker(f"{ACCEPT_ALL}, on_error: {on_error}")
+    _, statuses, headers = ask(guard, folder, image, explain="True")
+
+    assert statuses == [status]
+    assert headers[0]["X-PathGuard-Verdict"] == "error"
+
+
+def test_data_that_is_marked_as_a_description_passes_no_guard(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    _, statuses, headers = ask(worker(REJECT_ALL), folder, image, describe="True")
+
+    assert statuses == [403]
+    assert headers[0]["X-PathGuard-Verdict"] == "reject"
+
+
+def test_requests_without_headers_end_their_streams(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    # Only gRPC's have none; TorchServe kills a worker that leaves a StreamPredictions call open.
+    context = context_of(folder, 2)
+    context.request_processor[1] = RequestProcessor({"data": {"content-type": None}})
+    worker(ACCEPT_ALL).handle([{"body": image}, {"data": image}], context)
+
+    ends = [context.get_response_headers(row).get("ts_stream_next") for row in range(2)]
+    assert ends == [None, "false"]
+
+
 def test_garbage_fails_alone_with_a_reason(worker: Worker, folder: Path, image: bytes) -> None:
     answers, statuses, headers = ask(worker(ACCEPT_ALL), folder, image, b"garbage", image)
 
     assert statuses == [200, 400, 200]
     assert json.loads(answers[1])["guard"] == {"verdict": "invalid", "reason": "not_an_image"}
     assert headers[1]["X-PathGuard-Verdict"] == "invalid"
+
+
+def test_a_part_beside_the_image_has_to_keep_the_limits_too(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    guard = worker(f"{ACCEPT_ALL}, limits: {{max_bytes: {len(image)}}}")
+    context = context_of(folder, 3)
+    rows = [{"data": image, "other": more} for more in (b"short", image + b"x", "")]
+    answers: list[Any] = guard.handle(rows, context)
+    assert [context.get_response_status(row)[0] for row in range(3)] == [200, 413, 200]
+    assert json.loads(answers[1])["guard"]["reason"] == "too_many_bytes"
 
 
 def test_all_that_goes_into_headers_is_ascii_text(
@@ -263,3 +375,40 @@ def test_a_missing_package_is_named_by_the_archives_handler(
     ):
         exec((folder / "pathguard_handler.py").read_text(), {})  # noqa: S102 - written by wrap
     assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == "set by the handler"
+
+
+def test_an_edit_waits_for_the_end_of_a_batch_so_that_one_set_of_rules_holds_for_all_of_it(
+    worker: Worker, folder: Path, image: bytes
+) -> None:
+    guard = worker(REJECT_ALL)
+    edited = parse_settings(f"defaults: {{mode: shadow, {ACCEPT_ALL}}}", where="here")
+    edit = threading.Thread(target=lambda: guard._apply_edit(edited, "digits"))
+    own = guard._inner.handle
+
+    def edited_meanwhile(data: Any, context: Context) -> Any:
+        edit.start()
+        edit.join(0.2)  # time enough for it, if nothing held it back
+        return own(data, context)
+
+    guard._inner = replace(guard._inner, handle=edited_meanwhile)
+    _, statuses, _ = ask(guard, folder, image, image)
+    edit.join()
+
+    assert statuses == [403, 403]
+    guard._inner = replace(guard._inner, handle=own)
+    assert ask(guard, folder, image)[1] == [200]
+
+
+def test_a_worker_that_takes_a_dead_ones_place_goes_on_where_the_file_is_broken_since(
+    worker: Worker, folder: Path, image: bytes, tmp_path: Path
+) -> None:
+    worker(REJECT_ALL).close()
+    (tmp_path / "guard.yaml").write_text("defaults: [")
+
+    again = TorchServeGuard()
+    again.initialize(context_of(folder))
+
+    try:
+        assert ask(again, folder, image)[1] == [403]
+    finally:
+        again.close()

@@ -26,6 +26,7 @@ from PIL import Image
 from defense.errors import ArchiveError, ServerError
 from defense.wrap import wrap_archive
 from handlers import torchserve_process, torchserve_server
+from handlers.torchserve_logging import LOGGING
 from handlers.torchserve_server import TorchServe, free_port, on_free_ports
 from handlers.torchserve_settings import ServedModel, ServerSettings, render_properties
 from tests.archives import build_archive
@@ -119,6 +120,13 @@ def test_the_configuration_in_the_repository_is_the_rendering_of_the_defaults() 
     assert (ROOT / "config" / "config.properties").read_text() == render_properties(
         ServerSettings()
     )
+    assert (ROOT / "config" / "log4j2.xml").read_text() == LOGGING
+
+
+def test_models_can_be_registered_at_run_time_only_where_that_was_asked_for() -> None:
+    for asked in (False, True):
+        properties = parsed(render_properties(ServerSettings(model_api=asked)))
+        assert properties["enable_model_api"] == str(asked).lower()
 
 
 def test_the_defaults_expose_nothing_and_load_nothing_from_outside() -> None:
@@ -152,7 +160,7 @@ def test_every_model_is_rendered_with_its_own_numbers(archive: Path) -> None:
             "maxWorkers": 2,
             "batchSize": 3,
             "maxBatchDelay": 7,
-            "responseTimeout": 60,
+            "responseTimeout": 120,
             "startupTimeout": 120,
         }
     }
@@ -174,7 +182,7 @@ def test_numbers_and_names_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ServerError, match="Model 'a' has workers 0, which must be >= 1"):
         ServedModel("a", Path("x.mar"), workers=0)
     with pytest.raises(ServerError, match="Two models are called a, and only one can"):
-        ServerSettings(models=(ServedModel("a", Path("x")), ServedModel("a", Path("y"))))
+        ServerSettings(models=(ServedModel("a", Path("x")), ServedModel("a", Path("x"))))
     with pytest.raises(ServerError, match="Two interfaces listen on 8080, and only one can"):
         ServerSettings(metrics_port=8080)
 
@@ -487,9 +495,12 @@ def test_a_process_that_is_told_to_end_takes_its_server_along(
 ) -> None:
     fake_java(tmp_path, monkeypatch, "print(os.getpid(), flush=True)\ntime.sleep(60)")
     script = """
+        import signal
         from pathlib import Path
         from handlers.torchserve_server import *
         from handlers.torchserve_settings import *
+        # A shell starts what it puts into the background with SIGINT ignored: tests, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with TorchServe(on_free_ports(ServerSettings(log_file=Path("log")))) as server:
             server.wait()
     """
