@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench benchmark cifar10 clean
+.PHONY: demo test check bench benchmark cifar10 sbom container-check clean archives fuzz faults soak scaling bench-gpu
 demo: $(STAMP)
 	$(VENV)/bin/pathguard demo
 
@@ -18,6 +18,18 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/pathguard bench
 
+# How the guard's cost grows with sites, channels and classes.
+scaling: $(STAMP)
+	$(VENV)/bin/pathguard scaling
+
+# What taking the path costs on a GPU; says so where there is none.
+bench-gpu: $(STAMP)
+	$(VENV)/bin/pathguard bench-gpu
+
+# An archive of every kind, guarded and served beside its original: benchmarks/archives.*
+archives: $(STAMP)
+	$(VENV)/bin/python -m tests.archives
+
 # The shipped backbone as an archive, and guarded; needs no data.
 cifar10: $(STAMP)
 	$(VENV)/bin/pathguard pack model_store/cifar10.json --out model_store/cifar10.mar
@@ -31,6 +43,36 @@ benchmark: $(STAMP)
 		--data data/cifar10.zip/test --witness model_store/cifar10-witness.json \
 		--surrogate model_store/cifar10-small.json \
 		--surrogate model_store/cifar10-invertible.json --guard model_store/cifar10-guard
+
+# What a serving image holds, anew: the newest releases that pyproject.toml allows, and nothing of
+# the extras. The Dockerfile installs these versions and no others.
+SBOM := build/sbom
+sbom:
+	rm -rf $(SBOM)
+	$(PYTHON) -m venv --without-pip $(SBOM)/serving
+	$(PYTHON) -m venv $(SBOM)/tool
+	$(SBOM)/tool/bin/pip install --quiet 'cyclonedx-bom>=7.5,<8'
+	$(SBOM)/tool/bin/pip --python $(SBOM)/serving/bin/python install --quiet .
+	$(SBOM)/tool/bin/cyclonedx-py environment --pyproject pyproject.toml \
+		--output-reproducible --output-file docs/sbom.json $(SBOM)/serving/bin/python
+
+# The Dockerfile without Docker, as root on Linux: its build stage, then its server, read-only, as
+# another user, without a network.
+container-check: $(STAMP)
+	$(VENV)/bin/python -m tests.container.build build/image
+	PATHGUARD_SERVING=build/image/opt/pathguard $(VENV)/bin/pytest -rs tests/e2e/test_container.py
+
+# 20,000 hostile requests to the shipped guarded archive: benchmarks/fuzz.*; needs no data.
+fuzz: $(STAMP)
+	$(VENV)/bin/python -m tests.campaigns.fuzz
+
+# Every fault on a real server: benchmarks/faults.*; those of disk and clock take root and libfaketime.
+faults: $(STAMP)
+	$(VENV)/bin/python -m tests.campaigns.faults
+
+# 100,000 requests of mixed traffic at saturation: benchmarks/soak.*; needs no data.
+soak: $(STAMP)
+	$(VENV)/bin/python -m tests.campaigns.soak
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

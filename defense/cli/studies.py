@@ -1,4 +1,4 @@
-"""Commands for networks and studies of them: train, pack, compare, units, bench."""
+"""Commands for networks and studies of them: train, pack, compare, units, and what guarding costs."""
 
 from __future__ import annotations
 
@@ -209,16 +209,74 @@ def units(
 
 @studies.command()
 def bench(
-    rounds: Annotated[int, typer.Option(help="Rounds of stock against guarded.")] = 20,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="resnet18, resnet50 or cifar10, several times; all by default."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size, several times; 1, 8 and 32 by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of stock against guarded.")] = 20,
     folder: Annotated[Path, typer.Option("--out", help="Where tables go.")] = Path("benchmarks"),
 ) -> None:
     """Measure what the guard costs: stock against guarded, alternating in one run.
 
-    Example: `pathguard bench --rounds 20 --out benchmarks`
+    Cells that were measured before and are not named stay in the tables.
+
+    Example: `pathguard bench --network resnet18 --batch 8 --rounds 20 --out benchmarks`
     """
     from defense.cli.bench import run_bench
 
-    run_bench(folder, rounds=rounds, console=console)
+    run_bench(folder, networks=network or (), batches=batch or (), rounds=rounds, console=console)
+
+
+@studies.command()
+def scaling(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of bare against guarded.")] = 10,
+    folder: Annotated[Path, typer.Option("--out", help="Where table and plot go.")] = Path(
+        "benchmarks"
+    ),
+) -> None:
+    """Measure how the guard's cost grows with sites, channels and classes.
+
+    Example: `pathguard scaling --rounds 10 --out benchmarks`
+    """
+    from defense.offline.cost.scaling import AXES, write_scaling
+    from defense.offline.progress import bar
+
+    cells = sum(len(values) for values in AXES.values())
+    with bar(console, "Networks", cells) as progress:
+        write_scaling(folder, rounds=rounds, progress=progress)
+    console.print(f"Table written to {folder / 'scaling.md'}.")
+
+
+@studies.command("bench-gpu")
+def bench_gpu(
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds of bare against guarded.")] = 10,
+    folder: Annotated[Path, typer.Option("--out", help="Where the table goes.")] = Path(
+        "benchmarks"
+    ),
+) -> None:
+    """Measure what the guard adds to a forward pass on a GPU: eager, compiled, CUDA graphs.
+
+    Example: `pathguard bench-gpu --rounds 10 --out benchmarks`
+    """
+    from defense.offline.cost.gpu import NO_GPU, gpu_cells, write_gpu
+    from defense.offline.progress import bar
+
+    if not torch_gpu():
+        console.print(NO_GPU)
+        return
+    with bar(console, "Rounds", rounds * len(gpu_cells())) as progress:
+        write_gpu(folder, rounds=rounds, progress=progress)
+    console.print(f"Table written to {folder / 'gpu.md'}.")
+
+
+def torch_gpu() -> bool:
+    """Say whether there is a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _cards(backbones: list[str]) -> dict[str, Path]:

@@ -1,0 +1,114 @@
+"""The page of `pathguard bench`, written anew from all cells that were ever measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from defense.offline.cost.subjects import SUBJECTS
+
+INTRODUCTION = """\
+# What being guarded costs
+
+Default guards that refuse nothing. Stock, control (stock once more) and the guarded kinds take turns \
+within every round of one run; ratios to stock are medians over rounds of the ratio within a round, \
+with 95 % bootstrap intervals. The control's interval is the noise of the machine.
+
+* **guarded** answers to the bit as the stock archive does; with a witness it asks it about everything.
+* **optimized** is guarded with `optimize: true`: the same class, logits within a tolerance.
+* **second_look**, **off**: when the witness is asked. Its cost has no budget where the network \
+itself is as small as the shipped one.
+
+HTTP is a client's view of a real TorchServe; *library* calls the model in one process. A cell is \
+measured by itself, `pathguard bench --network NAME --batch N`, and replaced when it is measured again.
+"""
+SHARES = {
+    "forward": "forward pass",
+    "path": "path",
+    "witness": "witness",
+    "scoring": "scoring",
+    "handler": "archive's handler",
+    "gate": "gate",
+}
+
+
+def render(cells: dict[str, Any]) -> str:
+    """Return results, by "network/batch", as a Markdown page."""
+    parts = [INTRODUCTION]
+    for name, subject in SUBJECTS.items():
+        found = [cell for cell in cells.values() if cell["network"] == name]
+        found.sort(key=lambda cell: cell["batch"])
+        if found:
+            parts += [f"## {subject.title}\n", _ratios(found), _shares(found), _memory(found)]
+            parts += [_provenance(cell) for cell in found]
+    return "\n".join(parts)
+
+
+def _ratios(cells: list[dict[str, Any]]) -> str:
+    head = ["figure", "kind", "batch", "stock", "kind's own", "ratio to stock", "control to stock"]
+    rows = [_ratio(cell["batch"], row) for cell in cells for row in cell["rows"]]
+    return table([*head, "budget", "met"], rows)
+
+
+def _ratio(batch: int, row: dict[str, Any]) -> list[str]:
+    def spread(name: str) -> str:
+        low, high = row[f"{name}interval"]
+        return f"[{low:.3f}, {high:.3f}]"
+
+    return [
+        row["what"],
+        row["kind"],
+        str(batch),
+        *(f"{row[side]:.1f} {row['unit']}" for side in ("stock", "guarded")),
+        f"**{row['ratio']:.3f}** {spread('')}",
+        f"{row['control']:.3f} {spread('control_')}",
+        "" if row["budget"] is None else f"{row['budget']:.2f}",
+        {None: "", True: "yes", False: "no"}[row["met"]],
+    ]
+
+
+def _shares(cells: list[dict[str, Any]]) -> str:
+    rows = []
+    for cell in cells:
+        parts = cell["shares"]
+        whole = sum(parts.values())
+        shown = [f"{parts[name]:.2f} ms ({parts[name] / whole:.1%})" for name in SHARES]
+        rows.append([str(cell["batch"]), *shown])
+    return "Where the time of a guarded batch goes, in one process:\n\n" + table(
+        ["batch", *SHARES.values()], rows
+    )
+
+
+def _memory(cells: list[dict[str, Any]]) -> str:
+    rows = []
+    for cell in cells:
+        peaks, resident = cell["peak_mib"], cell["resident_mib"]
+        rows.append(
+            [
+                str(cell["batch"]),
+                ", ".join(f"{name} {mib:.0f}" for name, mib in resident.items()),
+                ", ".join(f"{name} {mib:.1f}" for name, mib in peaks.items()),
+            ]
+        )
+    return "Memory in MiB:\n\n" + table(
+        ["batch", "resident, of a worker after the run", "most that a forward pass holds"], rows
+    )
+
+
+def _provenance(cell: dict[str, Any]) -> str:
+    machine, same = cell["machine"], cell["answers"]
+    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
+    return (
+        f"Batch {cell['batch']}: `{cell['command']}`, {cell['rounds']} rounds, seed {cell['seed']}, "
+        f"{cell['date']}, {machine['cores']} cores ({machine['processor']}), {machine['threads']} "
+        f"torch threads, {'a' if machine['gpu'] else 'no'} GPU, {versions}. Guarded answers that the "
+        f"stock archive gave for the same image, to the byte: {same['identical']} of "
+        f"{same['compared']}; optimized ones of the same class: {same['same_class']} of "
+        f"{same['optimized']}. `optimize` chose: {cell['form']}.\n"
+    )
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
