@@ -1,26 +1,35 @@
-"""Read TorchServe model archives (`.mar`): what is in them, and unpack them, safely."""
+"""Read TorchServe model archives: what is in them, and unpack them, safely.
+
+Most are zip files (`.mar`); `defense.folders` reads the others.
+"""
 
 from __future__ import annotations
 
 import json
 import lzma
+import shutil
 import stat
 import struct
+import unicodedata
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from defense.errors import ArchiveError
+from defense.folders import folder_sizes, is_tar, tar_entry, tar_sizes, unpack_tar
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 HANDLER = "pathguard_handler.py"
 FOLDER = "pathguard"
 WRAP = f"{FOLDER}/wrap.json"
 _MAX_UNPACKED = 16 << 30
+_MAX_RATIO = 200
+_RATIO_FROM = 64 << 20
+_MAX_ENTRIES = 100_000
 _MAX_MANIFEST = 1 << 20
 _UNREADABLE = (
     BadZipFile,
@@ -38,7 +47,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class Archive:
-    """What a `.mar` says about itself; nothing of it is unpacked or imported."""
+    """What an archive says about itself; nothing of it is unpacked or imported."""
 
     path: Path
     manifest: dict[str, object]
@@ -78,39 +87,90 @@ class Archive:
 
 
 def read_archive(path: Path) -> Archive:
-    """Read and check the directory and the manifest of a `.mar`."""
-    with opened(path) as zipped:
-        infos = zipped.infolist()
+    """Read and check the directory and the manifest of an archive: a `.mar`, a folder or a tar."""
+    if not path.exists():
+        raise ArchiveError(f"There is no archive at {path}.")
+    if not (path.is_dir() or path.is_file()):
+        raise ArchiveError(f"{path} is a device or a pipe, where an archive was expected.")
+    if path.is_dir() or is_tar(path):
+        sizes = folder_sizes(path) if path.is_dir() else tar_sizes(path)
+        entries, unpacked = tuple(sizes), sum(sizes.values())
+    else:
+        with opened(path) as zipped:
+            infos = zipped.infolist()
         for info in infos:
             if reason := _unsafe(info):
                 raise ArchiveError(f"{path} has an unsafe entry {info.orig_filename!r}: {reason}.")
-        if (total := sum(info.file_size for info in infos)) > _MAX_UNPACKED:
+        unpacked = sum(info.file_size for info in infos)
+        entries = tuple(dict.fromkeys(info.filename for info in infos))
+    _check_extent(path, entries, unpacked)
+    return Archive(path, _read_manifest(path, entries), entries)
+
+
+def _check_extent(path: Path, entries: Sequence[str], unpacked: int) -> None:
+    """Refuse an archive that would fill the disk, or come out differently on another one."""
+    if unpacked > _MAX_UNPACKED:
+        raise ArchiveError(
+            f"{path} would unpack to {unpacked} bytes, more than the {_MAX_UNPACKED} allowed."
+        )
+    packed = unpacked if path.is_dir() else path.stat().st_size
+    if unpacked > max(_RATIO_FROM, _MAX_RATIO * packed):
+        raise ArchiveError(
+            f"{path} would unpack to {unpacked // packed} times its size, as only zip bombs do."
+        )
+    if len(entries) > _MAX_ENTRIES:
+        raise ArchiveError(
+            f"{path} has {len(entries)} entries, more than the {_MAX_ENTRIES} allowed."
+        )
+    folded: dict[str, str] = {}
+    for name in entries:
+        other = folded.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
             raise ArchiveError(
-                f"{path} would unpack to {total} bytes, more than the {_MAX_UNPACKED} allowed."
+                f"{path} has entries {other!r} and {name!r}, which are one file where case does not "
+                "count; rename one."
             )
-        manifest = _read_manifest(path, zipped)
-    return Archive(path, manifest, tuple(dict.fromkeys(info.filename for info in infos)))
 
 
 def extract_archive(path: Path, folder: Path) -> Archive:
     """Unpack into an empty or new folder; of entries with one name the last wins."""
     archive = read_archive(path)
-    with opened(path) as zipped:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ArchiveError(f"{folder} is not empty, so {path} is not unpacked into it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ArchiveError(f"{folder} is not empty, so {path} is not unpacked into it.")
+    if path.is_dir():
         for name in archive.entries:
-            zipped.extract(name, folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path / name, folder / name)
+    elif is_tar(path):
+        unpack_tar(path, folder)
+    else:
+        with opened(path) as zipped:
+            for name in archive.entries:
+                zipped.extract(name, folder)
     return archive
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[ZipFile]:
-    """Open for reading; whatever a damaged file provokes in zipfile becomes one sentence."""
-    if not path.exists():
-        raise ArchiveError(f"There is no archive at {path}.")
+def opened_entry(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """Open one entry of an archive for reading."""
     if path.is_dir():
-        raise ArchiveError(f"{path} is a folder, where a .mar file was expected.")
+        try:
+            with (path / name).open("rb") as file:
+                yield file
+        except OSError as error:
+            raise ArchiveError(f"{path / name} cannot be read ({error}).") from error
+    elif is_tar(path):
+        with tar_entry(path, name) as file:
+            yield file
+    else:
+        with opened(path) as zipped, zipped.open(name) as file:
+            yield file
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[ZipFile]:
+    """Open a `.mar`; whatever a damaged file provokes in zipfile becomes one sentence."""
     try:
         with ZipFile(path) as zipped:
             yield zipped
@@ -129,16 +189,17 @@ def _unsafe(info: ZipInfo) -> str | None:
     return "encryption is not supported" if info.flag_bits & 0x1 else None
 
 
-def _read_manifest(path: Path, zipped: ZipFile) -> dict[str, object]:
-    if MANIFEST not in zipped.NameToInfo:
+def _read_manifest(path: Path, entries: Sequence[str]) -> dict[str, object]:
+    if MANIFEST not in entries:
         raise ArchiveError(
             f"{path} has no {MANIFEST}, so it is no TorchServe archive; "
             "build one with torch-model-archiver."
         )
-    info = zipped.getinfo(MANIFEST)
-    if info.file_size > _MAX_MANIFEST:
-        raise ArchiveError(f"{MANIFEST} in {path} has {info.file_size} bytes, which is absurd.")
-    manifest = parse_object(zipped.read(info), f"{MANIFEST} in {path}")
+    with opened_entry(path, MANIFEST) as file:
+        content = file.read(_MAX_MANIFEST + 1)
+    if len(content) > _MAX_MANIFEST:
+        raise ArchiveError(f"{MANIFEST} in {path} has over {_MAX_MANIFEST} bytes, which is absurd.")
+    manifest = parse_object(content, f"{MANIFEST} in {path}")
     model = manifest.get("model")
     if not isinstance(model, dict):
         raise ArchiveError(f"{MANIFEST} in {path} has no object 'model'.")

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import shutil
+import stat
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from defense.looks import Echo
 from defense.memory import Nearness
 from defense.routers import check_serves, router_named
 from defense.state import Tensors, join, split
+from defense.types import Views
 from defense.witness import Witness
 
 SCHEMA = 3
@@ -61,7 +65,7 @@ def save_guard(guard: Guard, folder: Path) -> None:
         "echo": described["echo"],
         "nearness": described["nearness"],
         "class_names": list(guard.class_names),
-        "inputs": {"shape": list(guard.inputs.shape), "dtype": guard.inputs.dtype},
+        "inputs": asdict(guard.inputs),
         "facts": guard.facts,
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
     }
@@ -76,8 +80,8 @@ def load_guard(folder: Path) -> Guard:
     document = _upgraded(_read_json(folder))
     if document.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"the guard in {folder} has schema {document.get('schema')!r}; this version reads "
-            f"{SCHEMA}: fit it again"
+            f"the guard in {folder} has schema {reprlib.repr(document.get('schema'))}; this version "
+            f"reads {SCHEMA}: fit it again"
         )
     payload = _read(folder / TENSORS_NAME, MAX_TENSOR_BYTES)
     if hashlib.sha256(payload).hexdigest() != document.get("tensors_sha256"):
@@ -89,7 +93,6 @@ def load_guard(folder: Path) -> Guard:
         tensors = load_tensors(payload)
         router_row, detector_row = document["router"], document["detector"]
         check_serves(router_row["name"])
-        inputs = document["inputs"]
         return Guard(
             fingerprint=str(document["fingerprint"]),
             router=join(router_named(router_row["name"]).fitted, router_row["fitted"], tensors),
@@ -101,7 +104,7 @@ def load_guard(folder: Path) -> Guard:
                 for look, described in document["calibrations"].items()
             },
             class_names=tuple(str(name) for name in document["class_names"]),
-            inputs=InputSpec(tuple(int(n) for n in inputs["shape"]), str(inputs["dtype"])),
+            inputs=_inputs(document["inputs"]),
             facts=dict(document["facts"]),
             witness=join(Witness | None, document["witness"], tensors),
             echo=join(Echo | None, document["echo"], tensors),
@@ -109,10 +112,24 @@ def load_guard(folder: Path) -> Guard:
         )
     except PathGuardError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (
+        *(AttributeError, KeyError, OverflowError, TypeError, ValueError),
+        *(RuntimeError, SafetensorError),  # torch's own, of tensors that do not fit each other
+    ) as error:
+        said = reprlib.repr(str(error))
         raise ArtifactError(
-            f"the guard in {folder} is damaged ({type(error).__name__}: {error}); fit it again"
+            f"the guard in {folder} is damaged ({type(error).__name__}: {said}); fit it again"
         ) from error
+
+
+def _inputs(described: dict[str, Any]) -> InputSpec:
+    """Return what guard.json says of the backbone's input; guards of before had a single view."""
+    views = described.get("views", {"number": 1, "grouped": True})
+    return InputSpec(
+        tuple(int(n) for n in described["shape"]),
+        str(described["dtype"]),
+        Views(int(views["number"]), bool(views["grouped"])),
+    )
 
 
 def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +152,10 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path, limit: int) -> bytes:
     try:
-        if path.is_symlink() or path.stat().st_size > limit:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
             raise ArtifactError(
-                f"{path} is a link or over {limit} bytes; expected a guard's own file"
+                f"{path} is no plain file or over {limit} bytes; expected a guard's own file"
             )
         return path.read_bytes()
     except OSError as error:

@@ -1,12 +1,12 @@
 """The backbone with its sites observed: one forward pass gives logits and path.
 
 Hooks only read. Outside of `record()` and `probe()` they return at once, so a model that carries
-them answers as it did before.
+them answers as it did before. What runs as a graph calls its hooks from there (`defense.graphs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from defense.errors import GuardFailure, SiteError, nearest
+from defense.graphs import make_observable
 from defense.routers import ForwardRouter
 from defense.sites import first_tensor
-from defense.types import Routed
+from defense.types import ONE_VIEW, Routed, Views
 
 
 class ReachedBackbone(BaseException):
@@ -55,6 +56,7 @@ class GatedBackbone:
         self.model = model
         self.router = router
         self._recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+        make_observable(model)
         modules = dict(model.named_modules())
         self._sites: dict[tuple[str, int], int] = {}
         for index, site in enumerate(router.layout.sites):
@@ -114,19 +116,22 @@ class GatedBackbone:
             self.model(inputs)
         return self.routed(recording)
 
-    def routed(self, recording: Recording) -> Routed:
-        """Return the one run of `recording` as logits (N, K) and path (N, D).
+    def routed(self, recording: Recording, views: Views = ONE_VIEW) -> Routed:
+        """Return the runs of `recording` as logits (N, K) and path (N, D), one row per request.
 
-        Raises GuardFailure where there was no run or more than one, or where a site was not reached.
+        Raises GuardFailure where there was no run, or where a site was not reached in one.
         """
         if recording.failure is not None:
             raise GuardFailure("capture", f"a site could not be read: {recording.failure}")
-        if len(recording.runs) != 1:
+        if not recording.runs:
             raise GuardFailure(
-                "capture",
-                f"the handler ran the backbone {len(recording.runs)} times for one batch; expected 1",
+                "capture", "the handler ran the backbone 0 times for one batch; expected 1 or more"
             )
-        run = recording.runs[0]
+        runs = [self._finished(run) for run in recording.runs]
+        return views.mean(runs[0] if len(runs) == 1 else Routed.concat(runs))
+
+    def _finished(self, run: Run) -> Routed:
+        """Return logits and path of one run, a row for every row of its input."""
         if run.logits is None or run.logits.dim() != 2:
             raise GuardFailure("capture", "the backbone did not return logits of shape (N, K)")
         sites = self.router.layout.sites
@@ -144,6 +149,12 @@ class GatedBackbone:
                 f"the path has {path.shape[1]} columns; the guard expects {self.router.layout.length}",
             )
         return Routed(run.logits, path)
+
+    def deliver(self, statistics: Sequence[Tensor]) -> None:
+        """Take the statistics of all sites for the pass under way from a graph that has no hooks."""
+        recording = self._recording.get()
+        if recording is not None and recording.runs:
+            recording.runs[-1].statistics.update(enumerate(statistics))
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         recording = self._recording.get()

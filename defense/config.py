@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from PIL import Image
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from defense.errors import ConfigError, nearest
 
@@ -37,6 +46,15 @@ def _unless_off(value: object) -> object:
     if value is None:
         raise ValueError("give its keys, or off")
     return None if _off(value) == "off" else value
+
+
+def _known_formats(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return formats by the names that Pillow has for them."""
+    Image.init()
+    for name in names:
+        if name.upper() not in Image.OPEN:
+            raise ValueError(f"no format is called '{name}'{nearest(name.upper(), Image.OPEN)}")
+    return tuple(name.upper() for name in names)
 
 
 class Strict(BaseModel):
@@ -85,13 +103,26 @@ class Probing(Strict):
 
 
 class Limits(Strict):
-    """What one request may cost before it is decoded."""
+    """What one request may cost, decided before anything of it is decoded."""
 
     max_bytes: Annotated[int, Field(ge=1)] = Field(
         default=6_000_000, description="of a request's body"
     )
     max_pixels: Annotated[int, Field(ge=1)] = Field(
         default=25_000_000, description="of an image, by its header, before it is decoded"
+    )
+    formats: Annotated[tuple[str, ...], AfterValidator(_known_formats)] = Field(
+        default=("JPEG", "PNG", "WEBP", "GIF"),
+        description="that Pillow may open for the archive's handler; of the others it knows, some run "
+        "programs, or decode so slowly that no limit on bytes and pixels bounds their time",
+    )
+    max_passes: Annotated[int, Field(ge=1)] = Field(
+        default=20,
+        description="over one image: scans of a progressive JPEG (usual are 10), profiles of a PNG",
+    )
+    max_parts: Annotated[int, Field(ge=1)] = Field(
+        default=4000,
+        description="of an image: chunks of a PNG; of others, what has to be read to know the size",
     )
 
 
@@ -136,10 +167,16 @@ class ModelSettings(Strict):
         description="refuses requests that are nearly those that came before, as an attack by queries "
         "sends them; off where clients send streams of nearly equal images, such as video",
     )
-    optimize: bool = Field(
+    score_budget_ms: Annotated[float, Field(ge=1, le=600_000)] = Field(
+        default=5000,
+        description="what a batch's verdicts may take, whatever hangs; after that they are `error`. "
+        "Keep it well below TorchServe's responseTimeout, which ends the worker",
+    )
+    optimize: bool | Literal["compiled"] = Field(
         default=False,
-        description="channels-last weights: faster convolutions, logits equal to rounding instead of "
-        "to the bit; from the next start on",
+        description="true: run the model in a faster form (folded, channels-last, bfloat16 where it "
+        "pays), checked at the start: same class, logits within a tolerance instead of to the bit; "
+        "compiled: by torch.compile as well, where there is a C++ compiler; from the next start on",
     )
     limits: Limits = Limits()
 
@@ -191,13 +228,17 @@ def parse_settings(text: str | bytes, *, where: str) -> Settings:
 
 def read_settings(path: Path) -> Settings:
     """Read and validate a `guard.yaml`."""
+    return parse_settings(read_content(path), where=str(path))
+
+
+def read_content(path: Path) -> bytes:
+    """Read a `guard.yaml` as it is; ConfigError where that cannot be."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}; give a readable YAML file"
         ) from error
-    return parse_settings(content, where=str(path))
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:

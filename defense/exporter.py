@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 BASE_VARIABLE = "PATHGUARD_METRICS_DIR"
 PREFIX = "pathguard-metrics"
 TAKEOVER_SECONDS = 0.5
+VALUE_FILES = ("counter", "histogram", "gauge_max", "gauge_mostrecent")
+"""What prometheus-client calls the files of the instruments' kinds, less process and suffix."""
+VALUE_FILE_BYTES = 1 << 18
+"""Several times what our instruments take; the last worker of a long row has to find room as well."""
 
 
 def open_metrics_directory() -> Path:
@@ -51,10 +55,28 @@ def open_metrics_directory() -> Path:
     if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ServerError(f"the metrics directory {folder} belongs to somebody else; remove it")
     _remove_stale(base)
+    _reserve(folder)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     # prometheus-client reads the variable once, when it is imported; a handler may have done that.
     values.ValueClass = values.MultiProcessValue()
     return folder
+
+
+def _reserve(folder: Path) -> None:
+    """Allocate this process' files whole: a page that a full disk refuses later kills the process."""
+    fresh = folder / f"{os.getpid()}.new"
+    try:
+        for kind in VALUE_FILES:
+            path = folder / f"{kind}_{os.getpid()}.db"
+            if not path.exists():  # else its process number was another worker's, whose counts stay
+                fresh.write_bytes(bytes(VALUE_FILE_BYTES))
+                fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise ServerError(
+            f"cannot write to the metrics directory {folder}: {error.strerror}; make room there, or "
+            f"set {BASE_VARIABLE} to a directory that the server may write to"
+        ) from error
 
 
 def _identity(process: psutil.Process) -> str:

@@ -19,7 +19,8 @@ from defense.errors import GuardFailure
 from defense.guard import AttachedGuard, Guard, inputs_of
 from defense.looks import Plan
 from defense.metrics import SECOND_LOOKS, ModelMetrics
-from defense.payload import InvalidReason, diagnose, over_limits
+from defense.patience import within
+from defense.payload import InvalidReason, diagnose, opening_only, over_limits
 from defense.policy import Policy, make_policy, target_fpr
 from defense.types import Routed, Scored, Verdict, carries
 
@@ -113,8 +114,9 @@ class _Batch:
         if self.rules.settings.mode == "shadow":
             found = self._run(every)
         else:
-            found = self._refuse_oversized(every)
-            found |= self._run_isolated([row for row in every if row not in found])
+            with opening_only(self.rules.settings.limits.formats):
+                found = self._refuse_oversized(every)
+                found |= self._run_isolated([row for row in every if row not in found])
         return [found[row] for row in every]
 
     def _refuse_oversized(self, rows: Sequence[int]) -> dict[int, Outcome]:
@@ -176,37 +178,55 @@ class _Batch:
         }
 
     def _judge(self, recording: Recording, count: int) -> list[Outcome]:
-        """Return verdicts for `count` requests from the one run in `recording`."""
-        inputs = inputs_of(recording, count)
+        """Return verdicts for `count` requests from what `recording` has of them."""
+        budget = self.rules.settings.score_budget_ms / 1000
+        reasons, routed, scored = within(budget, lambda: self._looked(recording, count))
+        with self.metrics.timed("decide"):
+            probing = self.attached.probes(routed, self.rules.settings.probing)
+            verdicts = iter(self._verdicts(scored, probing))
+        return [Outcome(invalid=reason) if reason else next(verdicts) for reason in reasons]
+
+    def _looked(
+        self, recording: Recording, count: int
+    ) -> tuple[list[InvalidReason | None], Routed, list[Scored | GuardFailure]]:
+        """Return what is wrong with which request, and the runs of the others with their scores."""
+        inputs = inputs_of(recording, count, self.attached.guard.inputs.views)
         witness = self._witness(inputs)
         with self.metrics.timed("score"):
-            routed = replace(self.attached.backbone.routed(recording), witness=witness)
+            routed = replace(self.attached.routed(recording), witness=witness)
             if len(routed) != count:
-                raise GuardFailure(
-                    "rows", f"the backbone ran {len(routed)} rows for {count} requests"
-                )
-            if self._wrong_shape(recording.runs[0].inputs):
-                return [Outcome(invalid=InvalidReason.WRONG_SHAPE)] * count
-            finite = (routed.path.isfinite().all(1) & routed.logits.isfinite().all(1)).cpu()
-            if not bool(finite.all()):
-                rows = finite.to(routed.path.device)
+                ran = len(routed) * self.attached.guard.inputs.views.number
+                raise GuardFailure("rows", f"the backbone ran {ran} rows for {count} requests")
+            reasons = self._malformed(recording, routed)
+            if any(reasons):
+                rows = torch.tensor([not reason for reason in reasons], device=routed.path.device)
                 routed, inputs = routed.take(rows), None if inputs is None else inputs[rows]
             scored = self._scored(routed)
-            probing = self.attached.probes(routed, self.rules.settings.probing)
         if inputs is not None:
             scored = self._looked_again(scored, routed, inputs)
-        with self.metrics.timed("decide"):
-            verdicts = iter(self._verdicts(scored, probing))
+        return reasons, routed, scored
+
+    def _malformed(self, recording: Recording, routed: Routed) -> list[InvalidReason | None]:
+        """Say of every request whether the backbone got, or made, what cannot be scored."""
+        finite = routed.path.isfinite().all(1) & routed.logits.isfinite().all(1)
+        wrong = [self._wrong_shape(run.inputs) for run in recording.runs]
+        reasons = [None if good else InvalidReason.NOT_FINITE for good in finite.tolist()]
+        if not any(wrong):
+            return reasons
+        lengths = [0 if run.logits is None else len(run.logits) for run in recording.runs]
+        rows = torch.tensor(wrong).repeat_interleave(torch.tensor(lengths))
+        requests = self.attached.guard.inputs.views.arranged(rows).flatten(1).any(1)
         return [
-            next(verdicts) if good else Outcome(invalid=InvalidReason.NOT_FINITE)
-            for good in finite.tolist()
+            InvalidReason.WRONG_SHAPE if bad else reason
+            for bad, reason in zip(requests.tolist(), reasons, strict=True)
         ]
 
     def _witness(self, inputs: Tensor | None) -> Tensor | None:
-        """Ask the witness about inputs (N, ...), where the first look shows it."""
+        """Ask the witness about requests' inputs, where the first look shows it."""
         if not carries(self.rules.plan.first, "witness") or inputs is None:
             return None
-        if self._wrong_shape(inputs):
+        views = self.attached.guard.inputs.views.number
+        if self._wrong_shape(inputs.flatten(0, 1) if views > 1 else inputs):
             return None
         with self.metrics.timed("witness"):
             return self.attached.guard.extras.ask_witness(inputs)

@@ -20,11 +20,12 @@ from defense.errors import ArtifactError, GuardFailure
 from defense.fingerprint import fingerprint
 from defense.looks import Echo, Extras, Pace, Plan, make_plan
 from defense.memory import Memory, Nearness
+from defense.optimize import Shortcut, take_shortcut
 from defense.policy import Policy, make_policy
 from defense.routers import ForwardRouter
 from defense.sites import check_settled, device_of
 from defense.state import to_device
-from defense.types import LOOKS, Routed, Scored, Verdict, carries
+from defense.types import LOOKS, ONE_VIEW, Routed, Scored, Verdict, Views, carries
 from defense.witness import Witness
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What one row of the backbone's input looks like; a dimension of -1 may vary."""
+    """What one row of the backbone's input looks like, and which rows are a request's.
+
+    A dimension of -1 may vary.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    views: Views = ONE_VIEW
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -50,10 +55,10 @@ class InputSpec:
             want in (-1, got) for want, got in zip(self.shape, row, strict=True)
         )
 
-    def example(self, rows: int = 1) -> Tensor:
-        """Return zeros of this shape; a dimension that may vary is made 32 long."""
+    def example(self, requests: int = 1) -> Tensor:
+        """Return the rows of requests, zeros; a dimension that may vary is made 32 long."""
         shape = [32 if size == -1 else size for size in self.shape]
-        return torch.zeros(rows, *shape, dtype=getattr(torch, self.dtype))
+        return torch.zeros(requests * self.views.number, *shape, dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -202,12 +207,12 @@ class AttachedGuard:
         )
         near = self.guard.nearness
         self.memory = None if near is None else Memory(near)
-        if settings.optimize:
-            # Convolutions follow their weights' layout: logits equal to rounding, not to the bit.
-            model.to(memory_format=torch.channels_last)
         self.backbone = GatedBackbone(model, self.guard.router)
+        self.shortcut: Shortcut | None = None
         try:
             self._trial()
+            if settings.optimize:
+                self.shortcut = self._optimised(compiled=settings.optimize == "compiled")
         except BaseException:
             self.close()
             raise
@@ -224,17 +229,20 @@ class AttachedGuard:
         self.close()
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and give it its own `forward` back."""
+        if self.shortcut is not None:
+            self.shortcut.close()
         self.backbone.close()
 
     def __call__(self, inputs: Tensor) -> Guarded:
         """Run a batch (N, ...) once, and doubtful rows again where the guard has a second look.
 
-        Return its logits, and what the guard says of every row.
+        Return its logits, and what the guard says of every row; or of every request, where one has
+        several views: then the rows of a batch, and the logits' mean, are as its handler has them.
         """
         with self.backbone.record() as recording:
             self.backbone.model(inputs)
-        routed = self.backbone.routed(recording)
+        routed = self.routed(recording)
         scored = self._scored(routed, recording)
         probing = self.probes(routed, self.probing)
         return Guarded(routed.logits, scored, self.policy.decide(scored, probing))
@@ -250,17 +258,21 @@ class AttachedGuard:
 
     def score(self, recording: Recording) -> Scored:
         """Score the one forward pass in `recording`; GuardFailure says at which stage it failed."""
-        return self._scored(self.backbone.routed(recording), recording)
+        return self._scored(self.routed(recording), recording)
 
     def _scored(self, routed: Routed, recording: Recording) -> Scored:
-        inputs = inputs_of(recording, len(routed))
+        inputs = inputs_of(recording, len(routed), self.guard.inputs.views)
         if inputs is None:
             return self.guard.score(routed)
         shown = self.show(self.plan.first, routed, inputs)
         return self.look_again(self.guard.score(shown), shown, inputs, self.plan).scored
 
+    def routed(self, recording: Recording) -> Routed:
+        """Return what `recording` leaves of every request; GuardFailure where that is not whole."""
+        return self.backbone.routed(recording, self.guard.inputs.views)
+
     def show(self, look: str, routed: Routed, inputs: Tensor) -> Routed:
-        """Return runs of backbone inputs (N, ...) as `look` shows them, or raise GuardFailure."""
+        """Return runs of `inputs` (see `inputs_of`) as `look` shows them, or raise GuardFailure."""
         return self.guard.extras.show(look, routed, self.backbone.model, inputs)
 
     def look_again(self, first: Scored, routed: Routed, inputs: Tensor, plan: Plan) -> Looked:
@@ -304,11 +316,12 @@ class AttachedGuard:
 
         Twice, because the second time tells how long a second look takes.
         """
-        inputs = self.guard.inputs.example().to(self.device)
+        example = self.guard.inputs.example().to(self.device)
         try:
             with torch.inference_mode(), self.backbone.record() as recording:
-                self.backbone.model(inputs)
-            routed = self.backbone.routed(recording)
+                self.backbone.model(example)
+            inputs = self.guard.inputs.views.arranged(example)
+            routed = self.routed(recording)
             for look in 2 * [look for look in LOOKS if look in self.guard.calibrations]:
                 with self.pace.measured(1):
                     self.guard.score(self.show(look, routed, inputs))
@@ -317,15 +330,32 @@ class AttachedGuard:
                 f"the guard does not fit the backbone it was fitted for: {error}; fit it again"
             ) from error
 
+    def _optimised(self, *, compiled: bool) -> Shortcut | None:
+        """Let the backbone run in a faster form, where one is found that scores alike."""
 
-def inputs_of(recording: Recording, count: int) -> Tensor | None:
-    """Return the inputs (count, ...) of the one run in `recording`; None where they are not had.
+        @torch.inference_mode()
+        def look(rows: Tensor) -> Tensor:
+            with self.backbone.record() as recording:
+                self.backbone.model(rows)
+            routed = self.routed(recording)
+            inputs = self.guard.inputs.views.arranged(rows)
+            return self.guard.score(self.show(self.plan.first, routed, inputs)).p_value
 
-    A backbone may be called by keyword, or with several rows for a request; such inputs get the
-    looks that the path alone allows.
+        example = self.guard.inputs.example().to(self.device)
+        return take_shortcut(self.backbone, example, look, compiled=compiled)
+
+
+def inputs_of(recording: Recording, count: int, views: Views) -> Tensor | None:
+    """Return the inputs of `count` requests: (count, ...), or (count, V, ...) of V views each.
+
+    None where they are not had: a backbone may be called by keyword, or with views of several sizes.
+    Such requests get the looks that the path alone allows.
     """
-    inputs = recording.runs[0].inputs if len(recording.runs) == 1 else None
-    return inputs if inputs is not None and len(inputs) == count else None
+    parts = [run.inputs for run in recording.runs if run.inputs is not None]
+    if len(parts) != len(recording.runs) or len({part.shape[1:] for part in parts}) != 1:
+        return None
+    inputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return views.arranged(inputs) if len(inputs) == count * views.number else None
 
 
 def check_backbone(guard: Guard, model: nn.Module) -> None:

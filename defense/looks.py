@@ -126,7 +126,7 @@ class Extras:
         return look_of(self.witness is not None, self.echo is not None)
 
     def show(self, look: str, routed: Routed, model: nn.Module, inputs: Tensor) -> Routed:
-        """Return runs `routed` of `inputs` (N, ...) as `look` shows them.
+        """Return runs `routed` of `inputs` (N, ...), or (N, V, ...) of V views, as `look` shows them.
 
         What they lack for it is found out; GuardFailure says at which stage that failed.
         """
@@ -149,6 +149,9 @@ class Extras:
 
 
 def _tried(stage: str, inputs: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+    if inputs.dim() == 5:  # several views of a request: asked about one by one, as the backbone was
+        answers = _tried(stage, inputs.flatten(0, 1), ask)
+        return answers.reshape(*inputs.shape[:2], *answers.shape[1:]).mean(1)
     if inputs.dim() != 4:
         raise GuardFailure(
             stage, f"inputs of shape {tuple(inputs.shape)} are no images (N, C, H, W)"

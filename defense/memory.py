@@ -17,10 +17,10 @@ from torch import Tensor
 
 from defense.config import Probing
 
+ROUNDING = 1e-5
+"""Share of a sketch's squared length by which a matrix product may be wrong about a distance."""
 SAME = 1 / 2000
 """Share of the radius within which two sketches are of the same request, rounded otherwise."""
-EXACTLY = "donot_use_mm_for_euclid_dist"
-"""Matrix products lose the digits that tell a request from its repetition."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class Memory:
 
     def __init__(self, nearness: Nearness) -> None:
         self._nearness = nearness
-        self._recent = nearness.projection.new_empty(0, nearness.projection.shape[1]).cpu()
+        self._rows = torch.empty(0, nearness.projection.shape[1])
+        """A ring: the oldest row is the next to be written over."""
+        self._squares = torch.empty(0)
+        """Squared lengths of the rows, infinite for those that are still empty."""
+        self._known = self._next = 0
 
     def __len__(self) -> int:
-        return len(self._recent)
+        return self._known
 
     @torch.inference_mode()
     def see(self, path: Tensor, probing: Probing) -> Tensor:
@@ -56,14 +60,58 @@ class Memory:
         (N,) bool: true where at least `after` of the last `remember` different requests were near
         this one and not the same. All of them are remembered.
         """
+        self._make_room(probing.remember)
         sketches = self._nearness.sketch(path)
-        known = torch.cat([self._recent[-probing.remember :], sketches])
-        apart = torch.cdist(sketches, known, compute_mode=EXACTLY)
-        earlier = len(known) - len(sketches) + torch.arange(len(sketches))
-        seen = torch.arange(len(known)) < earlier[:, None]
-        same = (apart <= self._nearness.radius * SAME) & seen
-        near = (apart <= self._nearness.radius) & seen & ~same
-        # A repeat within the batch stands in `known` too; it is its first asking that counts.
-        fresh = torch.cat([torch.ones(len(known) - len(sketches), dtype=torch.bool), ~same.any(1)])
-        self._recent = known[fresh][-probing.remember :]
-        return (near & fresh).sum(1) >= probing.after
+        if not self._perhaps_near(sketches):
+            self._remember(sketches)
+            return torch.zeros(len(sketches), dtype=torch.bool)
+        before, among = _apart(sketches, self._rows[: self._known]), _apart(sketches, sketches)
+        radius = self._nearness.radius
+        earlier = torch.cat([before, among.masked_fill(_not_before(len(sketches)), torch.inf)], 1)
+        same = earlier <= radius * SAME
+        fresh = ~same.any(dim=1)
+        # Of a request that stands twice in the batch it is the first asking that counts.
+        counts = torch.cat([torch.ones(self._known, dtype=torch.bool), fresh])
+        asked = ((earlier <= radius) & ~same & counts).sum(dim=1) >= probing.after
+        self._remember(sketches[fresh])
+        return asked
+
+    def _perhaps_near(self, sketches: Tensor) -> bool:
+        """Say quickly, by a matrix product, whether any is near another; it errs towards yes."""
+        squares = sketches.square().sum(dim=1)
+        apart = torch.addmm(self._squares, sketches, self._rows.T, alpha=-2).amin(dim=1) + squares
+        if bool((apart <= self._nearness.radius**2 + ROUNDING * squares).any()):
+            return True
+        if len(sketches) == 1:
+            return False
+        among = _apart(sketches, sketches) <= self._nearness.radius
+        return int(among.sum()) > len(sketches)
+
+    def _make_room(self, size: int) -> None:
+        """Change the size of the ring, keeping the latest."""
+        if len(self._rows) == size:
+            return
+        full = self._known == len(self._rows)
+        kept = self._rows[: self._known].roll(-self._next if full else 0, dims=0)[-size:]
+        self._rows = torch.zeros(size, self._rows.shape[1])
+        self._squares = torch.full((size,), torch.inf)
+        self._known = self._next = 0
+        self._remember(kept)
+
+    def _remember(self, sketches: Tensor) -> None:
+        size = len(self._rows)
+        sketches = sketches[-size:]
+        places = (self._next + torch.arange(len(sketches))) % size
+        self._rows[places] = sketches
+        self._squares[places] = sketches.square().sum(dim=1)
+        self._known = min(size, self._known + len(sketches))
+        self._next = (self._next + len(sketches)) % size
+
+
+def _apart(some: Tensor, others: Tensor) -> Tensor:
+    """Return distances (N, M), exact: matrix products lose what tells a request from its repetition."""
+    return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _not_before(count: int) -> Tensor:
+    return torch.ones(count, count, dtype=torch.bool).triu()

@@ -14,9 +14,9 @@ from defense.payload import InvalidReason
 from defense.types import Verdict
 
 STAGES = ("check", "witness", "score", "second_look", "decide")
-FAILURES = ("capture", "rows", "witness", "score", "exporter", "handler")
+FAILURES = ("capture", "rows", "witness", "score", "timeout", "exporter", "handler")
 SECOND_LOOKS = ("taken", "out_of_time", "failed")
-PASSED = ("explain", "describe")
+PASSED = ("describe",)
 MODES = ("off", "shadow", "flag", "enforce")
 P_BUCKETS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.2, 0.5, 1.0)
 SECONDS_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
@@ -53,6 +53,7 @@ class Instruments:
     info: Gauge
     mode: Gauge
     reloads: Counter
+    config_valid: Gauge
     last_scored: Gauge
 
 
@@ -111,6 +112,9 @@ def make_instruments(registry: CollectorRegistry) -> Instruments:
         reloads=counter(
             "config_reloads", "Edits of guard.yaml seen, once per worker.", ("result",)
         ),
+        config_valid=gauge(
+            "config_valid", "1 where guard.yaml, as it is now, is in force; else 0.", ("model",)
+        ),
         last_scored=gauge(
             "last_scored_timestamp_seconds", "When a request was last scored.", ("model",), "max"
         ),
@@ -153,6 +157,15 @@ class ModelMetrics:
     def mode(self, mode: str) -> None:
         for name in MODES:
             self._instruments.mode.labels(self._model, name).set(float(name == mode))
+
+    def config_valid(self, valid: bool) -> None:
+        """Say whether the configuration file, as it is now, is what is in force."""
+        self._instruments.config_valid.labels(self._model).set(float(valid))
+
+    def config_reload(self, result: str) -> None:
+        """Count an edit of the configuration file that was "applied" or "invalid"."""
+        self._instruments.reloads.labels(result).inc()
+        self.config_valid(result == "applied")
 
     def error(self, stage: str, requests: int = 1) -> None:
         """Count a failure of the guard, once per request that it left unjudged."""

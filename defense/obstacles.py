@@ -10,7 +10,10 @@ from pathlib import PurePosixPath
 from tempfile import TemporaryFile
 from zipfile import ZipFile, is_zipfile
 
-from defense.archive import FOLDER, Archive, opened
+import yaml
+
+from defense.archive import FOLDER, Archive, model_of, opened, opened_entry
+from defense.folders import is_tar
 
 _BUILT_IN_HANDLERS = (
     "base_handler",
@@ -25,6 +28,15 @@ _BUILT_IN_HANDLERS = (
     "vision_handler",
     "vllm_handler",
 )
+_UNSERVED = {
+    "asyncCommunication": "gets its requests one by one while it answers others",
+    "continuousBatching": "answers its requests in pieces",
+    "sequenceBatching": "keeps the state of a sequence of requests",
+    "parallelType": "is spread over several processes",
+}
+"""Keys of model-config.yaml for ways of serving in which nobody sees a batch and its answers."""
+_STREAMING = b"send_intermediate_predict_response"
+_MAX_SOURCE = 1 << 20
 # The model folder comes first on a worker's sys.path: such a module would be imported for ours.
 _OUR_MODULES = ("defense", "handlers", "pathguard_handler")
 
@@ -38,6 +50,7 @@ def archive_obstacles(archive: Archive) -> list[str]:
         *_layout_obstacles(archive),
         *_manifest_obstacles(archive),
         *_model_obstacles(archive),
+        *_serving_obstacles(archive),
     ]
     return [f"{archive.path} cannot be guarded: {reason}." for reason in reasons]
 
@@ -57,6 +70,8 @@ def _layout_obstacles(archive: Archive) -> Iterator[str]:
     A streaming reader ends at the first byte that begins no entry: behind a gap our handler would
     be overlooked, and the model served without its guard.
     """
+    if archive.path.is_dir() or is_tar(archive.path):
+        return
     with opened(archive.path) as zipped, archive.path.open("rb") as file:
         end, descriptor = 0, {0}
         for info in sorted(zipped.infolist(), key=lambda info: info.header_offset):
@@ -78,8 +93,6 @@ def _layout_obstacles(archive: Archive) -> Iterator[str]:
 
 
 def _manifest_obstacles(archive: Archive) -> Iterator[str]:
-    if archive.envelope:
-        yield f"its service envelope '{archive.envelope}' is not supported yet"
     if archive.manifest.get("runtime") == "LSP":
         yield "its runtime is 'LSP', the C++ backend, which runs no Python handler"
     handler = archive.handler
@@ -110,21 +123,42 @@ def _model_obstacles(archive: Archive) -> Iterator[str]:
         return
     if name.endswith(".onnx"):
         yield f"'{name}' is an ONNX graph, which has no modules whose outputs could be observed"
-    elif name.endswith((".so", ".pt2")):
-        yield f"'{name}' is compiled ahead of time and has no modules that could be observed"
-    elif _is_torchscript(archive, name):
+    elif name.endswith(".so") or (name.endswith(".pt2") and _is_compiled(archive, name)):
         yield (
-            f"'{name}' is TorchScript, whose modules cannot be observed; "
-            "archive the eager model with --model-file and a state dict"
+            f"'{name}' is compiled ahead of time and has no modules that could be observed; "
+            "archive the exported program itself, or the eager model"
         )
 
 
-def _is_torchscript(archive: Archive, name: str) -> bool:
-    with opened(archive.path) as zipped, TemporaryFile() as copy:
-        with zipped.open(name) as packed:
+def _is_compiled(archive: Archive, name: str) -> bool:
+    """Say whether a .pt2 file holds a library of AOTInductor rather than an exported program."""
+    with TemporaryFile() as copy:
+        with opened_entry(archive.path, name) as packed:
             shutil.copyfileobj(packed, copy)
         if not is_zipfile(copy):
             return False
         with ZipFile(copy) as inner:
             names = inner.namelist()
-    return any(inner.endswith("/constants.pkl") or "/code/" in inner for inner in names)
+    return any("/data/aotinductor/" in inner for inner in names)
+
+
+def _serving_obstacles(archive: Archive) -> Iterator[str]:
+    """Find ways of serving that give a batch's answers elsewhere than where the handler returns."""
+    name = model_of(archive.manifest).get("configFile")
+    if isinstance(name, str) and name in archive.entries:
+        try:
+            found = yaml.safe_load(_source(archive, name))
+        except yaml.YAMLError:
+            yield f"its '{name}' is no YAML"
+            found = None
+        for key, what in _UNSERVED.items():
+            if isinstance(found, dict) and found.get(key):
+                yield f"with '{key}' in its '{name}' it {what}, where no answer can be held back"
+    handler = str(archive.handler).split(":")[0].removesuffix(".py").split("/")[-1] + ".py"
+    if handler in archive.entries and _STREAMING in _source(archive, handler):
+        yield f"its handler '{archive.handler}' streams answers, which cannot be taken back"
+
+
+def _source(archive: Archive, name: str) -> bytes:
+    with opened_entry(archive.path, name) as file:
+        return file.read(_MAX_SOURCE)

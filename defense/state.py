@@ -7,6 +7,7 @@ such dataclasses; that is all that an artefact has to hold, so nothing is ever p
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from typing import Any
@@ -47,18 +48,22 @@ def join(kind: Any, described: Any, tensors: Tensors) -> Any:
         return join(next(a for a in arguments if a is not types.NoneType), described, tensors)
     if kind is Tensor:
         if not isinstance(described, dict) or described.get("tensor") not in tensors:
-            raise ArtifactError(f"the guard lacks the tensor that it describes as {described!r}")
+            raise ArtifactError(
+                f"the guard lacks the tensor that it describes as {_short(described)}"
+            )
         return tensors[described["tensor"]]
     if dataclasses.is_dataclass(kind):
         return _join_dataclass(typing.cast(type, kind), described, tensors)
     if origin is tuple:
         if not isinstance(described, list):
-            raise ArtifactError(f"the guard holds {described!r} where a list was expected")
+            raise ArtifactError(f"the guard holds {_short(described)} where a list was expected")
         return tuple(join(arguments[0], item, tensors) for item in described)
     if kind is float and isinstance(described, int) and not isinstance(described, bool):
         return float(described)
     if not isinstance(described, kind):
-        raise ArtifactError(f"the guard holds {described!r} where {kind.__name__} was expected")
+        raise ArtifactError(
+            f"the guard holds {_short(described)} where {kind.__name__} was expected"
+        )
     return described
 
 
@@ -68,9 +73,16 @@ def _join_dataclass(kind: type, described: Any, tensors: Tensors) -> Any:
     if not isinstance(described, dict) or set(described) != names:
         got = sorted(described) if isinstance(described, dict) else described
         raise ArtifactError(
-            f"the guard describes {kind.__name__} with {got}; expected {sorted(names)}"
+            f"the guard describes {kind.__name__} with {_short(got)}; expected {sorted(names)}"
         )
     return kind(**{name: join(hints[name], described[name], tensors) for name in described})
+
+
+def _short(value: object) -> str:
+    """Return a value as text; whoever wrote a guard's files may have made it endless."""
+    brief = reprlib.Repr()
+    brief.maxlist = brief.maxdict = 20
+    return brief.repr(value)
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

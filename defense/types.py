@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from defense.errors import GuardFailure
+from defense.errors import ArtifactError, GuardFailure
 
 
 class Verdict(StrEnum):
@@ -132,6 +132,55 @@ class Routed:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Routed:
         parts = (getattr(self, field.name) for field in fields(self))
         return _built(None if part is None else change(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which rows of a batch are a request's, all runs of the backbone for it one after the other.
+
+    A handler may show its backbone several views of a request, such as five crops, in one run or in
+    several. number: views per request. grouped: those of a request stand together (r0v0, r0v1, r1v0,
+    ...); else one view of all requests follows the other (r0v0, r1v0, ..., r0v1, ...).
+    """
+
+    number: int = 1
+    grouped: bool = True
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ArtifactError(
+                f"a guard says that a request has {self.number} views, and it has 1 or more; fit it "
+                "again"
+            )
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        """Return rows (N x number, ...) by request: (N, number, ...), or (N, ...) of a single view.
+
+        GuardFailure where the requests would have different numbers of views.
+        """
+        if self.number == 1:
+            return rows
+        if len(rows) % self.number:
+            raise GuardFailure(
+                "rows", f"the backbone ran {len(rows)} rows; expected {self.number} per request"
+            )
+        if self.grouped:
+            return rows.reshape(-1, self.number, *rows.shape[1:])
+        return rows.reshape(self.number, -1, *rows.shape[1:]).transpose(0, 1)
+
+    def mean(self, routed: Routed) -> Routed:
+        """Return one run per request, the mean of its views'.
+
+        Most handlers answer with that mean: as one larger network, whose sites are read over all
+        views. An attack has to move most of them, and calibration ranks requests as they are served.
+        """
+        if self.number == 1:
+            return routed
+        return routed._map(lambda part: self.arranged(part).mean(1))
+
+
+ONE_VIEW = Views()
+"""What most handlers show their backbone of a request."""
 
 
 def _built(parts: Iterable[Tensor | None]) -> Routed:

@@ -3,6 +3,9 @@
 A wrapped archive is the original's bytes up to its central directory, then our entries, then a new
 directory. TorchServe streams through the entries and overwrites what it has already written, so our
 manifest, the later one, wins; and the original is still in there, byte for byte.
+
+A folder is copied with our files beside its own, and its manifest is kept with ours; a gzipped tar is
+packed anew and carries its original, for nothing else gives back the same compressed bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import mkstemp
+from tempfile import TemporaryDirectory, mkstemp
 from zipfile import ZipFile, ZipInfo
 
 from defense.archive import (
@@ -27,17 +30,19 @@ from defense.archive import (
     WRAP,
     Archive,
     model_of,
-    opened,
+    opened_entry,
     parse_object,
     read_archive,
 )
 from defense.errors import ArchiveError
+from defense.folders import LITTER, folder_sizes, is_tar, pack_tar, tree_hash, unpack_tar
 from defense.obstacles import archive_obstacles
 
 _TAIL = f"{FOLDER}/original_tail.bin"
 _CONFIG = f"{FOLDER}/guard.yaml"
 _GUARD_FILES = ("guard.json", "tensors.safetensors")
 _SCHEMA = 1
+_MAX_FACTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,16 @@ def wrap_archive(
     contents[MANIFEST] = _json(
         {**archive.manifest, "model": {**model_of(archive.manifest), "handler": HANDLER}}
     )
+    if source.is_dir():
+        with _replacing_folder(target, source) as folder:
+            manifest = (folder / MANIFEST).read_bytes()
+            facts = _facts(archive, sum(folder_sizes(folder).values()), tree_hash(folder), 0)
+            _write(folder, contents | {_TAIL: manifest, WRAP: _json(asdict(facts))})
+        return
     with _replacing(target, source) as draft:
+        if is_tar(source):
+            _wrap_tar(archive, draft, contents)
+            return
         facts, tail = _remember(archive, draft)
         contents |= {_TAIL: tail, WRAP: _json(asdict(facts))}
         with ZipFile(draft, "a") as zipped:
@@ -85,9 +99,19 @@ def unwrap_archive(source: Path, target: Path) -> None:
     """Write to `target` the archive that was wrapped into `source`, byte for byte."""
     if not read_archive(source).is_wrapped:
         raise ArchiveError(f"{source} is not wrapped, so there is nothing to unwrap.")
-    with opened(source) as zipped:
-        facts = _parse_facts(zipped.read(WRAP), f"{WRAP} in {source}")
-        tail = zipped.read(_TAIL)
+    with opened_entry(source, WRAP) as file:
+        facts = _parse_facts(file.read(_MAX_FACTS), f"{WRAP} in {source}")
+    with opened_entry(source, _TAIL) as file:
+        # What was put in cannot be larger than all of it; a bomb ends in another hash.
+        tail = file.read(max(source.stat().st_size, _MAX_FACTS))
+    if source.is_dir():
+        with _replacing_folder(target, source) as folder:
+            shutil.rmtree(folder / FOLDER)
+            (folder / HANDLER).unlink(missing_ok=True)
+            (folder / MANIFEST).write_bytes(tail)
+            if tree_hash(folder) != facts.original_sha256:
+                raise _changed(source, facts)
+        return
     with _replacing(target, source) as draft:
         intact = 0 <= facts.tail_offset < draft.stat().st_size
         if intact:
@@ -96,10 +120,32 @@ def unwrap_archive(source: Path, target: Path) -> None:
                 file.seek(facts.tail_offset)
                 file.write(tail)
         if not intact or _sha256(draft) != facts.original_sha256:
-            raise ArchiveError(
-                f"{source} was changed after it was wrapped: what it holds is no longer the "
-                f"original with SHA-256 {facts.original_sha256}."
-            )
+            raise _changed(source, facts)
+
+
+def _changed(source: Path, facts: WrapFacts) -> ArchiveError:
+    return ArchiveError(
+        f"{source} was changed after it was wrapped: what it holds is no longer the "
+        f"original with SHA-256 {facts.original_sha256}."
+    )
+
+
+def _wrap_tar(archive: Archive, draft: Path, contents: Mapping[str, bytes | Path]) -> None:
+    """Pack a tar anew with our files in it; the whole original is what leads back to it."""
+    original = draft.read_bytes()
+    facts = _facts(archive, len(original), hashlib.sha256(original).hexdigest(), 0)
+    with TemporaryDirectory(dir=draft.parent) as scratch:
+        folder = Path(scratch)
+        unpack_tar(draft, folder)
+        _write(folder, {**contents, _TAIL: original, WRAP: _json(asdict(facts))})
+        pack_tar(folder, draft, archive.model_name)
+
+
+def _write(folder: Path, contents: Mapping[str, bytes | Path]) -> None:
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
 def read_wrap_facts(folder: Path) -> WrapFacts:
@@ -159,16 +205,19 @@ def _remember(archive: Archive, copy: Path) -> tuple[WrapFacts, bytes]:
     with copy.open("rb") as file:
         file.seek(offset)
         tail = file.read()
-    facts = WrapFacts(
+    return _facts(archive, offset + len(tail), _sha256(copy), offset), tail
+
+
+def _facts(archive: Archive, size: int, sha256: str, tail_offset: int) -> WrapFacts:
+    return WrapFacts(
         schema=_SCHEMA,
         inner_handler=archive.handler or "",
         manifest=archive.manifest,
-        original_size=offset + len(tail),
-        original_sha256=_sha256(copy),
-        tail_offset=offset,
+        original_size=size,
+        original_sha256=sha256,
+        tail_offset=tail_offset,
         pathguard_version=_version(),
     )
-    return facts, tail
 
 
 def _forget(zipped: ZipFile, name: str) -> None:
@@ -208,6 +257,22 @@ def _replacing(target: Path, source: Path) -> Iterator[Path]:
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArchiveError(f"{target} cannot be written ({error}).") from error
+
+
+@contextmanager
+def _replacing_folder(target: Path, source: Path) -> Iterator[Path]:
+    """Yield a copy of the folder `source` that becomes `target` only if the block succeeds."""
+    target, source = target.absolute(), source.absolute()
+    if target.exists() or target.is_relative_to(source):
+        raise ArchiveError(f"{target} exists or lies in {source}; name a new folder beside it.")
+    try:
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            draft = Path(scratch) / target.name
+            shutil.copytree(source, draft, ignore=shutil.ignore_patterns(LITTER))
+            yield draft
+            draft.replace(target)
     except OSError as error:
         raise ArchiveError(f"{target} cannot be written ({error}).") from error
 

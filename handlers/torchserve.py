@@ -10,26 +10,36 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
-from ts.context import Context
+from ts.context import Context, RequestProcessor
 
 from defense.archive import FOLDER
 from defense.artifact import load_guard
-from defense.config import Settings, parse_settings, read_settings
+from defense.config import Settings, parse_settings
 from defense.errors import PathGuardError
 from defense.exporter import Exporter, open_metrics_directory
 from defense.gate import Gate, Outcome
 from defense.live import ConfigWatcher
-from defense.metrics import PASSED, ModelMetrics, make_instruments
-from defense.payload import InvalidReason
+from defense.metrics import ModelMetrics, make_instruments
+from defense.payload import InvalidReason, over_limits
 from defense.types import Verdict
 from defense.wrap import WrapFacts, read_wrap_facts
+from handlers.torchserve_envelope import (
+    Refused,
+    Unreadable,
+    join_instances,
+    open_envelope,
+    per_instance,
+)
 from handlers.torchserve_inner import load_inner
 
 logger = logging.getLogger(__name__)
@@ -37,6 +47,12 @@ logger = logging.getLogger(__name__)
 CONFIG_VARIABLE = "PATHGUARD_CONFIG"
 VERDICT_HEADER = "X-PathGuard-Verdict"
 P_VALUE_HEADER = "X-PathGuard-P-Value"
+VERDICTS = ("accept", "flag", "error", "failed", "invalid", "reject")
+"""What that header may say, from the mildest to the worst."""
+MARKS = ("explain", "describe")
+"""Request headers by which TorchServe asks a handler for something else than a prediction."""
+STREAM_NEXT = "ts_stream_next"
+"""Response header by which a handler tells TorchServe whether more of an answer will come."""
 PROBLEM = "application/problem+json"
 
 HANDLER_SOURCE = '''\
@@ -59,6 +75,7 @@ class PathGuardHandler(TorchServeGuard):
 INVALID_STATUS = {
     InvalidReason.TOO_MANY_BYTES: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     InvalidReason.TOO_MANY_PIXELS: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    InvalidReason.TOO_MANY_PARTS: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     InvalidReason.WRONG_SHAPE: HTTPStatus.UNPROCESSABLE_ENTITY,
     InvalidReason.NOT_FINITE: HTTPStatus.UNPROCESSABLE_ENTITY,
 }
@@ -66,6 +83,7 @@ TITLES = {
     InvalidReason.EMPTY: "The request has no body.",
     InvalidReason.TOO_MANY_BYTES: "The request is larger than this model takes.",
     InvalidReason.TOO_MANY_PIXELS: "The image has more pixels than this model takes.",
+    InvalidReason.TOO_MANY_PARTS: "The image is made of more parts than this model takes.",
     InvalidReason.NOT_AN_IMAGE: "The body is no image in a known format.",
     InvalidReason.TRUNCATED_IMAGE: "The image is damaged or cut short.",
     InvalidReason.WRONG_SHAPE: "The input has another shape than this model takes.",
@@ -79,6 +97,7 @@ class TorchServeGuard:
 
     def __init__(self) -> None:
         self._release = ExitStack()
+        self._between_batches = threading.Lock()
 
     def initialize(self, context: Context) -> None:
         """Load the archive's own handler and its guard, and refuse to start where they do not fit."""
@@ -92,20 +111,21 @@ class TorchServeGuard:
         folder = Path(context.system_properties["model_dir"])
         facts = read_wrap_facts(folder)
         metrics_folder = open_metrics_directory()
+        self._enveloped = open_envelope(context)
         self._inner = load_inner(facts.inner_handler, facts.manifest, context)
         guard = load_guard(folder / FOLDER)
         name, version = context.model_name, _version_of(facts)
         instruments = make_instruments(CollectorRegistry())
         self._metrics = metrics = ModelMetrics(instruments, model=name, version=version)
-        config = os.environ.get(CONFIG_VARIABLE)
-        watcher = config and ConfigWatcher(
-            Path(config),
-            lambda edited: self._gate.apply(edited.for_model(name)),
-            lambda result: instruments.reloads.labels(result).inc(),
-        )
-        settings = _first_settings(config, folder)
-        own = settings.for_model(name)
-        self._gate = Gate(guard.attach(self._inner.backbone, own), own, metrics)
+
+        def start(settings: Settings) -> Settings:
+            own = settings.for_model(name)
+            self._gate = Gate(guard.attach(self._inner.backbone, own), own, metrics)
+            metrics.config_valid(True)
+            return settings
+
+        watcher = _watcher(metrics_folder, name, self._apply_edit, metrics)
+        settings = watcher.begin(start) if watcher else start(_wrapped_settings(folder))
         metrics.describe(
             router=guard.router.name, detector=guard.detector.name, fingerprint=guard.fingerprint
         )
@@ -120,25 +140,112 @@ class TorchServeGuard:
         """Stop what runs beside the handler. TorchServe ends its workers instead."""
         self._release.close()
 
+    def _apply_edit(self, edited: Settings, model: str) -> None:
+        with self._between_batches:
+            self._gate.apply(edited.for_model(model))
+
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[object]:
-        """Answer a batch: every request gets its own status, headers and body."""
+        """Answer a batch: every request gets its own status, headers and body.
+
+        An edit of guard.yaml waits for its end, so one set of rules is in force for all of it.
+        """
+        with self._between_batches:
+            return self._handle(data, context)
+
+    def _handle(self, data: list[dict[str, Any]], context: Context) -> list[object]:
+        answer = self._answer_request if self._enveloped else self._answer
+        answers = answer(data, context)
+        _end_streams(context)
+        return answers
+
+    def _answer_request(self, data: list[Any], context: Context) -> list[object]:
+        """Answer one request by its instances, which an envelope has unpacked."""
+        if not isinstance(data, Unreadable):
+            part = per_instance(context, len(data))
+            answers = self._answer(data, part)
+            return join_instances(answers, part, context, VERDICTS, VERDICT_HEADER)
+        if self._gate.settings.mode in ("off", "shadow"):
+            raise data.error
+        outcome = Outcome(invalid=InvalidReason.UNREADABLE)
+        self._metrics.count([outcome])
+        return Refused([self._respond(context, 0, outcome)])
+
+    def _answer(self, data: list[Any], context: Context) -> list[object]:
         answers: list[object] = [None] * len(data)
         guarded: list[int] = []
         for row in range(len(data)):
-            kind = _unscored(context, row)
-            if kind is None:
-                guarded.append(row)
+            if _marked(context, row):
+                answers[row] = self._answer_marked(data, context, row)
             else:
-                answers[row] = self._run(data, context, [row])[0]
-                self._metrics.passed(kind)
+                guarded.append(row)
         if guarded:
             outcomes = self._gate.pass_batch(
-                [_payload(data[row]) for row in guarded],
+                [self._payload(data[row]) for row in guarded],
                 lambda rows: self._run(data, context, [guarded[i] for i in rows]),
             )
             for row, outcome in zip(guarded, outcomes, strict=True):
                 answers[row] = self._respond(context, row, outcome)
         return answers
+
+    def _answer_marked(self, data: list[dict[str, Any]], context: Context, row: int) -> object:
+        """Answer a request for something else than a prediction, apart from its batch.
+
+        TorchServe's handlers read the first request's mark as every request's. Whoever sends data
+        can set a mark, and a handler may overlook it; so such a request is refused or answered as
+        the prediction of its data would be.
+        """
+        mode = self._gate.settings.mode
+        outcome = Outcome()
+        if _asks_to_describe(context, row) and not _carries_data(data[row]):
+            self._metrics.passed("describe")
+        elif mode != "off":
+            outcome = self._judge_as_prediction(data, context, row)
+            refusal = self._refusal(context, row, outcome)
+            if refusal is not None:
+                return refusal
+        try:
+            outcome = replace(outcome, answer=self._run(data, context, [row])[0])
+        except Exception as error:
+            if mode in ("off", "shadow"):
+                raise
+            outcome = Outcome(failure=error)
+        return self._respond(context, row, outcome)
+
+    def _judge_as_prediction(
+        self, data: list[dict[str, Any]], context: Context, row: int
+    ) -> Outcome:
+        """Judge an explanation's request by the ordinary prediction of what it carries.
+
+        An attribution method runs the model many times, on inputs of its own making; of these
+        none has to be the one that was sent.
+        """
+        plain = _part(context, [row])
+        headers = plain.request_processor[0].get_request_properties()
+        unmarked = {name: value for name, value in headers.items() if name not in MARKS}
+        plain.request_processor = [RequestProcessor(unmarked)]
+        try:
+            [outcome] = self._gate.pass_batch(
+                [self._payload(data[row])], lambda _: self._inner.handle([data[row]], plain)
+            )
+        except Exception as error:
+            # In shadow mode: who asked for an explanation must not see that its prediction failed.
+            self._metrics.count([Outcome(failure=error)])
+            return Outcome()
+        return outcome
+
+    def _payload(self, row: object) -> object:
+        """Return what a vision handler reads of a request, or a part of it that breaks a limit.
+
+        Whoever sends a second part may know a handler that reads that one.
+        """
+        read = _read(row)
+        if not isinstance(row, dict) or len(row) < 2:
+            return read
+        limits = self._gate.settings.limits
+        others = (
+            part for part in row.values() if part and isinstance(part, (bytes, bytearray, str))
+        )
+        return next((part for part in others if over_limits(part, limits)), read)
 
     def _run(
         self, data: list[dict[str, Any]], context: Context, rows: Sequence[int]
@@ -146,13 +253,24 @@ class TorchServeGuard:
         """Run the archive's handler on some rows, or on the batch as TorchServe gave it."""
         if len(rows) == len(data):
             return self._inner.handle(data, context)  # type: ignore[no-any-return]
-        part = copy.copy(context)
-        part.request_ids = {i: context.request_ids[row] for i, row in enumerate(rows)}
-        part.request_processor = [context.request_processor[row] for row in rows]
+        part = _part(context, rows)
         return self._inner.handle([data[row] for row in rows], part)  # type: ignore[no-any-return]
 
     def _respond(self, context: Context, row: int, outcome: Outcome) -> object:
         """Set the status and headers of one request and return its body."""
+        refusal = self._refusal(context, row, outcome)
+        if refusal is not None:
+            return refusal
+        settings = self._gate.settings
+        if outcome.verdict is None or settings.mode == "shadow":
+            return outcome.answer
+        context.set_response_header(row, VERDICT_HEADER, outcome.verdict.value)
+        if settings.expose_score and outcome.p_value is not None:
+            context.set_response_header(row, P_VALUE_HEADER, f"{outcome.p_value:.6g}")
+        return outcome.answer
+
+    def _refusal(self, context: Context, row: int, outcome: Outcome) -> bytes | None:
+        """Refuse a request and return the body that says so; None where it may be answered."""
         settings = self._gate.settings
         if outcome.failure is not None:
             logger.warning("the archive's handler failed: %s", type(outcome.failure).__name__)
@@ -163,18 +281,15 @@ class TorchServeGuard:
             status = INVALID_STATUS.get(outcome.invalid, HTTPStatus.BAD_REQUEST)
             title = TITLES[outcome.invalid]
             return _refuse(context, row, status, "invalid", title, outcome.invalid.value)
-        if outcome.verdict is None or settings.mode == "shadow":
-            return outcome.answer
+        if settings.mode == "shadow":
+            return None
         if outcome.verdict is Verdict.REJECT:
             status = HTTPStatus(settings.reject_status)
             return _refuse(context, row, status, "reject", "The request was refused.")
         if outcome.verdict is Verdict.ERROR and settings.on_error == "closed":
             unavailable = HTTPStatus.SERVICE_UNAVAILABLE
             return _refuse(context, row, unavailable, "error", "The request could not be checked.")
-        context.set_response_header(row, VERDICT_HEADER, outcome.verdict.value)
-        if settings.expose_score and outcome.p_value is not None:
-            context.set_response_header(row, P_VALUE_HEADER, f"{outcome.p_value:.6g}")
-        return outcome.answer
+        return None
 
 
 def _version_of(facts: WrapFacts) -> str:
@@ -182,23 +297,64 @@ def _version_of(facts: WrapFacts) -> str:
     return str(model.get("modelVersion", "")) if isinstance(model, dict) else ""
 
 
-def _first_settings(config: str | None, folder: Path) -> Settings:
-    """Return the operator's settings, else those that were wrapped in, else the defaults."""
-    if config:
-        return read_settings(Path(config))
+def _watcher(
+    folder: Path, model: str, apply: Callable[[Settings, str], None], metrics: ModelMetrics
+) -> ConfigWatcher | None:
+    """Watch the operator's configuration, where there is one; what is in force is kept in `folder`."""
+    config = os.environ.get(CONFIG_VARIABLE)
+    if not config:
+        return None
+    kept = folder / f"{sha256(model.encode()).hexdigest()[:16]}.yaml"
+    return ConfigWatcher(
+        Path(config), kept, lambda edited: apply(edited, model), metrics.config_reload
+    )
+
+
+def _wrapped_settings(folder: Path) -> Settings:
+    """Return the settings that were wrapped in, else the defaults."""
     wrapped = folder / FOLDER / "guard.yaml"
     if wrapped.is_file():
         return parse_settings(wrapped.read_bytes(), where="the guard.yaml inside the archive")
     return Settings()
 
 
-def _unscored(context: Context, row: int) -> str | None:
-    """Return `explain` or `describe` where TorchServe marked a request as asking for that."""
-    return next((k for k in PASSED if context.get_request_header(row, k) == "True"), None)
+def _marked(context: Context, row: int) -> bool:
+    return any(context.get_request_header(row, mark) == "True" for mark in MARKS)
 
 
-def _payload(row: dict[str, Any]) -> object:
+def _asks_to_describe(context: Context, row: int) -> bool:
+    return bool(context.get_request_header(row, "describe") == "True")
+
+
+def _carries_data(row: object) -> bool:
+    """Say whether a request is more than an empty body; an empty list, read from JSON, is more."""
+    return not isinstance(row, dict) or any(value not in (b"", "") for value in row.values())
+
+
+def _part(context: Context, rows: Sequence[int]) -> Context:
+    """Return the context that a batch of these rows alone would have."""
+    part = copy.copy(context)
+    part.request_ids = {i: context.request_ids[row] for i, row in enumerate(rows)}
+    part.request_processor = [context.request_processor[row] for row in rows]
+    return part
+
+
+def _end_streams(context: Context) -> None:
+    """Mark every answer as its request's last, where it came by gRPC: a stream has one answer.
+
+    TorchServe ends the worker of a handler that does not do so for a StreamPredictions call. Only
+    requests over HTTP have headers, and there the mark would mean something else.
+    """
+    for row in context.request_ids:
+        headers = context.get_all_request_header(row).values()
+        if not any(isinstance(value, str) for value in headers):
+            context.get_response_headers(row).setdefault(STREAM_NEXT, "false")
+
+
+def _read(row: object) -> object:
     """Return what a vision handler reads: `data`, else `body`, else the only part there is."""
+    if not isinstance(row, dict):  # an envelope may unpack anything
+        return row
     for name in ("data", "body"):
         if row.get(name):
             return row[name]

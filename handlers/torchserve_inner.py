@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import ts
 from torch import nn
 from ts.context import Context
@@ -22,7 +21,8 @@ from ts.model_loader import TsModelLoader
 from ts.utils.util import get_yaml_config
 
 from defense.archive import Archive, extract_archive, read_archive
-from defense.errors import ArchiveError
+from defense.errors import ArchiveError, PathGuardError
+from defense.graphs import make_observable
 from defense.obstacles import archive_obstacles
 
 Handle = Callable[[Any, Context], Any]
@@ -54,8 +54,15 @@ def load_inner(handler: str, manifest: dict[str, Any], context: Context) -> Inne
     else:
         entry, initialize = loader._get_class_entry_point(module)
         owner = entry.__self__
+    if inspect.iscoroutinefunction(entry) or inspect.isgeneratorfunction(entry):
+        raise ArchiveError(
+            f"the archive's handler '{handler}' is asynchronous or a generator, so its answers are "
+            "not there when it returns; only handlers that return a batch's answers can be guarded"
+        )
     initialize(context)
-    return InnerHandler(entry, find_backbone(owner))
+    backbone = find_backbone(owner)
+    make_observable(backbone)
+    return InnerHandler(entry, backbone)
 
 
 def _built_in(loader: TsModelLoader, handler: str, cause: ImportError) -> Any:
@@ -75,18 +82,13 @@ def find_backbone(owner: object) -> nn.Module:
     there are several.
     """
     found = _modules_in(owner, depth=1)
-    if any(isinstance(m, torch.jit.ScriptModule) for m in found.values()):
-        raise ArchiveError(
-            "the archive holds a TorchScript model, whose layers cannot be observed; "
-            "archive the eager model (model file and state dict) instead"
-        )
     inside = {id(part) for m in found.values() for part in m.modules() if part is not m}
     found = {name: module for name, module in found.items() if id(module) not in inside}
     distinct = {id(module): name for name, module in reversed(list(found.items()))}
     if not distinct:
         raise ArchiveError(
             "the archive's handler holds no torch.nn.Module after it was initialised; "
-            "only eager PyTorch models can be guarded"
+            "only eager models, TorchScript and programs of torch.export can be guarded"
         )
     if len(distinct) > 1:
         preferred = [name for name in distinct.values() if name.split(".")[-1] == "model"]
@@ -139,7 +141,12 @@ class OpenArchive:
         count = len(payloads)
         self._context.request_ids = {i: f"offline-{i}" for i in range(count)}
         self._context.request_processor = [_Request() for _ in range(count)]
-        answers: list[object] = self._inner.handle([{"body": p} for p in payloads], self._context)
+        answers = self._inner.handle([{"body": p} for p in payloads], self._context)
+        if not isinstance(answers, list) or len(answers) != count:
+            raise ArchiveError(
+                f"the handler does not return a list of {count} answers to {count} requests, without "
+                "which TorchServe answers none of them"
+            )
         return answers
 
 
@@ -180,7 +187,7 @@ def open_archive(path: Path, folder: Path, *, gpu: int | None = None) -> Iterato
     with _imports_from(folder), _quiet("ts"):
         try:
             inner = load_inner(str(archive.handler), archive.manifest, context)
-        except ArchiveError:
+        except PathGuardError:
             raise
         except Exception as error:
             raise ArchiveError(

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from defense.archive import read_archive
 from defense.errors import ServerError
 from handlers.torchserve_process import (
     LOG_NAME,
@@ -29,7 +28,7 @@ from handlers.torchserve_process import (
     running,
     terminated_as_exception,
 )
-from handlers.torchserve_settings import ServerSettings, render_properties
+from handlers.torchserve_settings import ServerSettings, render_properties, stored_models
 
 _SPEECHLESS = "its worker ended without an exception"
 _LAST_WORDS_SECONDS = 10.0
@@ -43,7 +42,7 @@ class TorchServe:
     ) -> None:
         self.settings = settings
         self._progress = progress
-        self._versions: dict[str, str] = {}
+        self._versions: list[tuple[str, str]] = []
         self._folder = Path()
         self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,9 +65,9 @@ class TorchServe:
         java, home = find_java(), find_torchserve()
         _check_ports(self.settings)
         properties = render_properties(self.settings)
-        self._versions = {
-            model.name: read_archive(model.archive).model_version for model in self.settings.models
-        }
+        self._versions = [
+            (model.name, version) for model, version in stored_models(self.settings).values()
+        ]
         with ExitStack() as resources:
             resources.enter_context(terminated_as_exception())
             self._folder = resources.enter_context(private_folder())
@@ -99,6 +98,11 @@ class TorchServe:
     @property
     def key_file(self) -> Path:
         return self._folder / "key_file.json"
+
+    @property
+    def model_store(self) -> Path:
+        """The folder from which models can be registered while the server runs."""
+        return self._folder / "model_store"
 
     @property
     def inference_url(self) -> str:
@@ -151,10 +155,10 @@ class TorchServe:
         states = []
         complete = "Model server started." in self._log()  # said when every port is bound
         try:
-            for model in self.settings.models:
-                described = self._describe(model.name)
+            for name, version in self._versions:
+                described = self._describe(f"{name}/{version}")
                 ready = [one for one in described["workers"] if one["status"] == "READY"]
-                states.append(f"{model.name}: {len(ready)}/{described['minWorkers']} workers ready")
+                states.append(f"{name}: {len(ready)}/{described['minWorkers']} workers ready")
                 complete &= len(ready) >= max(described["minWorkers"], 1)
         except (OSError, ValueError, KeyError, HTTPException, ServerError):
             return "waiting for TorchServe", False
@@ -162,7 +166,7 @@ class TorchServe:
 
     def _raise_if_failed(self) -> None:
         """Recognise in the log, or in the end of the process, that waiting is in vain."""
-        for name, version in self._versions.items():
+        for name, version in self._versions:
             if reason := self._load_failure(name, version):
                 raise self._error(f"Model '{name}' did not load: {reason}")
         if self._process is not None and self._process.poll() is not None:
@@ -249,7 +253,7 @@ def on_free_ports(settings: ServerSettings) -> ServerSettings:
 
 def _load_failure(log: str, name: str, version: str) -> str | None:
     """Return why a model cannot be loaded, as soon as the log says so: its worker has ended."""
-    if refused := re.search(rf"Failed to load model: {re.escape(name)}\.mar\n(.+)", log):
+    if refused := re.search(rf"Failed to load model: {re.escape(name)}\S*\n(.+)", log):
         return refused[1].rstrip(".")
     thread = rf"W-\d+-{re.escape(name)}_{re.escape(version)}"
     for worker in re.findall(rf"Stopped Scanner - ({thread})-stdout", log):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from defense.archive import read_archive
 from defense.errors import ServerError
+from defense.folders import is_tar
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ServedModel:
     batch_size: int = 8
     max_batch_delay_ms: int = 10
     workers: int = 1
-    response_timeout_s: int = 60
+    response_timeout_s: int = 120
     startup_timeout_s: int = 120
 
     def __post_init__(self) -> None:
@@ -48,18 +49,24 @@ class ServerSettings:
     grpc_inference_port: int = 7070
     grpc_management_port: int = 7071
     token_auth: bool = True
+    model_api: bool = False
     job_queue_size: int = 100
     max_request_bytes: int = 6_553_500
     guard_config: Path | None = None
     log_file: Path | None = None
+    service_envelope: str = ""
+    """What unpacks and packs the requests of all models: kserve, kservev2, or nothing."""
+    install_requirements: bool = False
+    """Let TorchServe install what an archive's requirements file names, as it registers it."""
 
     def __post_init__(self) -> None:
-        names: list[object] = [model.name for model in self.models]
         ports: list[object] = list(self.ports.values())
-        for kind, values in (("models are called", names), ("interfaces listen on", ports)):
-            for value in values:
-                if values.count(value) > 1:
-                    raise ServerError(f"Two {kind} {value}, and only one can.")
+        for value in ports:
+            if ports.count(value) > 1:
+                raise ServerError(f"Two interfaces listen on {value}, and only one can.")
+        for model in self.models:
+            if [(m.name, m.archive) for m in self.models].count((model.name, model.archive)) > 1:
+                raise ServerError(f"Two models are called {model.name}, and only one can.")
 
     @property
     def ports(self) -> dict[str, int]:
@@ -67,27 +74,49 @@ class ServerSettings:
         return {f"{name}_port": getattr(self, f"{name}_port") for name in names}
 
 
+def stored_models(settings: ServerSettings) -> dict[str, tuple[ServedModel, str]]:
+    """Return every model and its version by the name of its archive in the model store.
+
+    ServerError where two archives say that they are one version of one model.
+    """
+    stored: dict[str, tuple[ServedModel, str]] = {}
+    for model in settings.models:
+        version = read_archive(model.archive).model_version
+        names = [other.name for other in settings.models]
+        stem = model.name if names.count(model.name) == 1 else f"{model.name}-{version}"
+        suffix = "" if model.archive.is_dir() else ".tar.gz" if is_tar(model.archive) else ".mar"
+        if stem + suffix in stored:
+            raise ServerError(
+                f"Two archives hold version {version} of the model '{model.name}'; "
+                "give one of them another version or name."
+            )
+        stored[stem + suffix] = model, version
+    return stored
+
+
 def render_properties(settings: ServerSettings) -> str:
     """Write the `config.properties` that TorchServe is started with."""
-    models = {
-        model.name: {
-            read_archive(model.archive).model_version: {
-                "defaultVersion": True,
-                "marName": f"{model.name}.mar",
-                "minWorkers": model.workers,
-                "maxWorkers": model.workers,
-                "batchSize": model.batch_size,
-                "maxBatchDelay": model.max_batch_delay_ms,
-                "responseTimeout": model.response_timeout_s,
-                "startupTimeout": model.startup_timeout_s,
-            }
+    stored = stored_models(settings)
+    models: dict[str, dict[str, object]] = {}
+    for file, (model, version) in stored.items():
+        models.setdefault(model.name, {})[version] = {
+            "defaultVersion": model.name not in models,
+            "marName": file,
+            "minWorkers": model.workers,
+            "maxWorkers": model.workers,
+            "batchSize": model.batch_size,
+            "maxBatchDelay": model.max_batch_delay_ms,
+            "responseTimeout": model.response_timeout_s,
+            "startupTimeout": model.startup_timeout_s,
         }
-        for model in settings.models
-    }
     return _PROPERTIES.format(
         settings=settings,
         no_token="false" if settings.token_auth else "true",
-        load=",".join(f"{name}={name}.mar" for name in models),
+        model_api="true" if settings.model_api else "false",
+        load=",".join(f"{model.name}={file}" for file, (model, _) in stored.items()),
+        install="true" if settings.install_requirements else "false",
+        envelope=f"service_envelope={settings.service_envelope}\n"
+        * bool(settings.service_envelope),
         models=json.dumps(models).replace("\\", "\\\\"),
     )
 
@@ -105,12 +134,12 @@ grpc_management_address={settings.host}
 grpc_management_port={settings.grpc_management_port}
 
 # An archive runs whatever code it contains. So calls need a token of key_file.json, no model is
-# added or replaced while the server runs, and archives come from the model store alone: the
-# pattern allows no URL.
+# added or replaced while the server runs unless its operator wants that, and archives come from the
+# model store alone: the pattern allows no URL.
 disable_token_authorization={no_token}
-enable_model_api=false
+enable_model_api={model_api}
 allowed_urls=^$
-install_py_dep_per_model=false
+install_py_dep_per_model={install}
 enable_envvars_config=false
 
 # Handlers' metrics are read at metrics_address. TorchServe's own view of the machine would cost
@@ -129,4 +158,4 @@ limit_max_image_pixels=true
 default_workers_per_model=1
 load_models={load}
 models={models}
-"""
+{envelope}"""

@@ -29,7 +29,7 @@ RULE_TESTS = sorted((ROOT / "tests" / "prometheus").glob("*.yml"))
 RUNBOOK = ROOT / "docs" / "runbook.md"
 
 METRIC = re.compile(r"(?<![\w:])(pathguard_\w+)(?![\w:])(?:\{([^}]*)\})?")
-RECORDED = re.compile(r"\b\w+:\w+:\w+\b")
+RECORDED = re.compile(r"\b[a-z_]\w*:\w+:\w+\b")  # not the ports of `docker run`
 GIVEN_BY_PROMETHEUS = {"instance", "job"}
 
 

@@ -14,18 +14,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("defense", "handlers")
-ADAPTERS = ("handlers.torchserve", "handlers.torchserve_inner")
+ADAPTERS = (
+    "handlers.torchserve",
+    "handlers.torchserve_envelope",
+    "handlers.torchserve_inner",
+)
 """What runs inside a worker of TorchServe, beside the serving half of `defense`."""
 OFFLINE_ONLY = ("torchattacks", "captum", "matplotlib", "sklearn", "defense.offline", "defense.cli")
 SERVERS = ("ts", "handlers")
 
 LAYERS = (
     ("errors", "fingerprint"),
-    ("types",),
-    ("sites", "config", "state", "archive"),
+    ("types", "folders", "scripted", "exported"),
+    ("graphs",),
+    ("sites", "config", "state", "archive", "patience"),
     ("routers", "detectors", "witness"),
     ("backbone", "calibration", "payload", "live", "obstacles"),
-    ("policy", "metrics", "exporter", "wrap", "looks", "memory"),
+    ("policy", "metrics", "exporter", "wrap", "looks", "memory", "optimize"),
     ("guard",),
     ("artifact", "gate"),
     ("offline",),

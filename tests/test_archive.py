@@ -434,7 +434,7 @@ def test_what_is_no_archive_is_refused_in_one_sentence(tmp_path: Path) -> None:
     zip_archive(tmp_path / "empty.mar", {"readme": b""})
     for path, message in {
         "absent.mar": "There is no archive at",
-        ".": "is a folder, where a .mar file was expected",
+        ".": r"has no MAR-INF/MANIFEST\.json, so it is no TorchServe archive",
         "text.mar": "cannot be read as a zip archive",
         "empty.mar": r"has no MAR-INF/MANIFEST\.json, so it is no TorchServe archive",
     }.items():
@@ -471,12 +471,12 @@ def test_an_entry_with_a_wrong_checksum_is_not_unpacked(tmp_path: Path) -> None:
         extract_archive(path, tmp_path / "unpacked")
 
 
-def torchscript() -> bytes:
+def compiled() -> bytes:
+    """Return a package as AOTInductor writes it, without the library that it would hold."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as zipped:
-        zipped.writestr("model/data.pkl", "")
-        zipped.writestr("model/code/__torch__.py", "")
-        zipped.writestr("model/constants.pkl", "")
+        zipped.writestr("m/data/aotinductor/model/m.wrapper.so", "")
+        zipped.writestr("m/archive_format", "pt2")
     return content.getvalue()
 
 
@@ -495,7 +495,20 @@ def state_dict() -> bytes:
         ({"defense.py": b""}, {}, "its 'defense.py' would be imported in place of"),
         ({"handlers/x.py": b""}, {}, "its 'handlers' would be imported in place of"),
         ({"handlers.cpython-311-x.so": b""}, {}, "'handlers.cpython-311-x.so' would be imported"),
-        ({}, {"envelope": "json"}, "its service envelope 'json' is not supported yet"),
+        (
+            {"c.yaml": b"asyncCommunication: true"},
+            {"configFile": "c.yaml"},
+            "with 'asyncCommunication' in its 'c.yaml' it gets its requests one by one",
+        ),
+        ({"c.yaml": b"parallelType: pp"}, {"configFile": "c.yaml"}, "is spread over several"),
+        ({"c.yaml": b"sequenceBatching: true"}, {"configFile": "c.yaml"}, "keeps the state of"),
+        ({"c.yaml": b"continuousBatching: true"}, {"configFile": "c.yaml"}, "in pieces"),
+        ({"c.yaml": b"a: ["}, {"configFile": "c.yaml"}, "its 'c.yaml' is no YAML"),
+        (
+            {"own.py": b"send_intermediate_predict_response(x)"},
+            {"handler": "own.py"},
+            "its handler 'own.py' streams answers, which cannot be taken back",
+        ),
         ({}, {"handler": None}, "its manifest names no handler"),
         ({}, {"handler": "gone.py:handle"}, "its handler 'gone.py:handle' is neither in the"),
         ({}, {"handler": ":"}, "its handler ':' is neither in the"),
@@ -504,8 +517,7 @@ def state_dict() -> bytes:
         ({}, {"modelFile": "m.py"}, "its manifest names 'm.py', which is not in the archive"),
         ({"m.onnx": b""}, {"serializedFile": "m.onnx"}, "'m.onnx' is an ONNX graph"),
         ({"m.so": b""}, {"serializedFile": "m.so"}, "'m.so' is compiled ahead of time"),
-        ({"m.pt2": b""}, {"serializedFile": "m.pt2"}, "'m.pt2' is compiled ahead of time"),
-        ({"m.pt": torchscript()}, {"serializedFile": "m.pt"}, "'m.pt' is TorchScript"),
+        ({"m.pt2": compiled()}, {"serializedFile": "m.pt2"}, "'m.pt2' is compiled ahead of time"),
     ],
 )
 def test_what_cannot_be_guarded_is_named_and_not_wrapped(
@@ -532,25 +544,13 @@ def test_what_cannot_be_guarded_is_named_and_not_wrapped(
         ({}, {"handler": "json"}),  # a module of the environment
         ({"m.pt": state_dict()}, {"serializedFile": "m.pt"}),
         ({"m.bin": b"?"}, {"serializedFile": "m.bin"}),
-        ({"m.pt": torchscript(), "m.py": b""}, {"serializedFile": "m.pt", "modelFile": "m.py"}),
+        ({"m.pt2": b"?"}, {"serializedFile": "m.pt2"}),
     ],
 )
 def test_what_can_be_guarded_has_no_obstacles(
     tmp_path: Path, extra: Entries, model: dict[str, Any]
 ) -> None:
     assert archive_obstacles(read_archive(plain_archive(tmp_path, extra, **model))) == []
-
-
-def test_real_torchscript_is_told_from_a_state_dict(tmp_path: Path) -> None:
-    class Twice(torch.nn.Module):
-        def forward(self, value: torch.Tensor) -> torch.Tensor:
-            return value * 2
-
-    content = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):
-        torch.jit.save(torch.jit.script(Twice()), content)
-    path = plain_archive(tmp_path, {"m.pt": content.getvalue()}, serializedFile="m.pt")
-    assert "is TorchScript" in archive_obstacles(read_archive(path))[0]
 
 
 def test_the_cpp_backend_is_an_obstacle(tmp_path: Path) -> None:
@@ -609,7 +609,7 @@ def test_an_entry_with_two_names_is_refused(
 
 def test_every_message_is_one_sentence(tmp_path: Path) -> None:
     sentences: Iterable[str] = archive_obstacles(
-        read_archive(plain_archive(tmp_path, {"defense.py": b""}, handler=None, envelope="json"))
+        read_archive(plain_archive(tmp_path, {"defense.py": b""}, handler=None))
     )
     for sentence in sentences:
         assert sentence.endswith(".")

@@ -77,7 +77,11 @@ def test_the_description_says_what_the_design_promises(guard: Guard, folder: Pat
     assert document["detector"]["name"] == "density"
     assert document["router"]["name"] == "activation"
     assert document["router"]["fitted"]["layout"]["sites"][0]["module"] == "act"
-    assert document["inputs"] == {"shape": [1, 8, 8], "dtype": "float32"}
+    assert document["inputs"] == {
+        "shape": [1, 8, 8],
+        "dtype": "float32",
+        "views": {"number": 1, "grouped": True},
+    }
     tensors = (folder / TENSORS_NAME).read_bytes()
     assert document["tensors_sha256"] == hashlib.sha256(tensors).hexdigest()
     assert torch.equal(
@@ -235,7 +239,9 @@ def test_a_calibration_whose_parts_do_not_belong_together_is_refused(folder: Pat
 def test_a_link_is_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ArtifactError, match=rf"{re.escape(name)} is a link or over \d+ bytes"):
+    with pytest.raises(
+        ArtifactError, match=rf"{re.escape(name)} is no plain file or over \d+ bytes"
+    ):
         load_guard(folder)
 
 
@@ -243,7 +249,9 @@ def test_a_file_that_is_far_too_large_is_not_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifact, "MAX_TENSOR_BYTES", 10)
-    with pytest.raises(ArtifactError, match="safetensors is a link or over 10 bytes; expected"):
+    with pytest.raises(
+        ArtifactError, match="safetensors is no plain file or over 10 bytes; expected"
+    ):
         load_guard(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from defense.backbone import GatedBackbone, ReachedBackbone, Recording, Run
-from defense.errors import GuardFailure, SiteError
+from defense.errors import ArtifactError, GuardFailure, SiteError
+from defense.guard import inputs_of
 from defense.routers import ForwardRouter
 from defense.routers.activation import ActivationRouter
 from defense.sites import discover_sites
-from defense.types import PathLayout, Site
+from defense.types import PathLayout, Site, Views
 from tests.served import counted_forwards, hook_count, images_like_noise, seeded_net
 
 
@@ -193,15 +195,71 @@ def test_a_path_of_another_length_is_a_capture_failure() -> None:
         gated.run(x)
 
 
-@pytest.mark.parametrize("times", [0, 2])
-def test_any_number_of_forward_passes_but_one_is_a_capture_failure(times: int) -> None:
+def test_no_forward_pass_is_a_capture_failure() -> None:
     net, x = seeded_net(), images_like_noise(2, 1)
     with GatedBackbone(net, activation_router(net, x)) as gated:
         with gated.record() as recording:
-            for _ in range(times):
-                net(x)
-        with pytest.raises(GuardFailure, match=f"ran the backbone {times} times for one batch"):
+            pass
+        with pytest.raises(GuardFailure, match="ran the backbone 0 times for one batch"):
             gated.routed(recording)
+
+
+VIEWS = 3
+
+
+def by_request(views: Tensor) -> list[Tensor]:
+    return [views.flatten(0, 1)]
+
+
+def by_view(views: Tensor) -> list[Tensor]:
+    return [views.transpose(0, 1).flatten(0, 1)]
+
+
+def a_run_per_request(views: Tensor) -> list[Tensor]:
+    return list(views)
+
+
+def a_run_per_view(views: Tensor) -> list[Tensor]:
+    return list(views.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("runs", "grouped"),
+    [(by_request, True), (a_run_per_request, True), (by_view, False), (a_run_per_view, False)],
+)
+def test_a_request_is_the_mean_of_its_views_whatever_the_runs_they_came_in(
+    runs: Callable[[Tensor], list[Tensor]], grouped: bool
+) -> None:
+    """Three requests of three views each, so that no count alone tells whose a row is."""
+    net, x = seeded_net(), images_like_noise(3 * VIEWS, 1).unflatten(0, (3, VIEWS))
+    with GatedBackbone(net, activation_router(net, x[0])) as gated:
+        with gated.record() as recording:
+            for inputs in runs(x):
+                net(inputs)
+        routed = gated.routed(recording, Views(VIEWS, grouped))
+        alone = [gated.run(views) for views in x]
+    assert len(routed) == 3
+    for row, views in enumerate(alone):
+        torch.testing.assert_close(routed.path[row], views.path.mean(0))
+        torch.testing.assert_close(routed.logits[row], views.logits.mean(0))
+    arranged = inputs_of(recording, 3, Views(VIEWS, grouped))
+    assert arranged is not None
+    assert torch.equal(arranged, x)
+
+
+def test_rows_that_are_no_multiple_of_the_views_are_a_failure() -> None:
+    with pytest.raises(GuardFailure, match="the backbone ran 4 rows; expected 3 per request"):
+        Views(3).arranged(torch.zeros(4, 2))
+
+
+def test_inputs_of_several_sizes_are_not_had() -> None:
+    runs = [Run(torch.zeros(2, 1, size, size)) for size in (8, 9)]
+    assert inputs_of(Recording(runs), 2, Views(2)) is None
+
+
+def test_a_request_without_a_view_is_an_error() -> None:
+    with pytest.raises(ArtifactError, match="has 0 views, and it has 1 or more; fit it again"):
+        Views(0)
 
 
 def test_a_site_that_the_forward_pass_did_not_reach_is_a_capture_failure_that_names_it() -> None:

@@ -126,6 +126,18 @@ def test_a_supervised_guard_is_fitted_with_the_attacks_that_are_named(
     )
 
 
+def test_a_fit_learns_from_quick_attacks_unless_it_is_told_not_to(
+    run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
+) -> None:
+    words = ("--archive", archive, "--data", digits.fit, "--limit", 200, "--eps", "0.1")
+    usual, none = (
+        run("fit", *words, *more, "--out", tmp_path / f"guard-{len(more)}")
+        for more in ((), ("--attacks", "none"))
+    )
+    assert "successful attacks (fgsm, bim), no witness" in usual[2]
+    assert "no attacks, no witness" in none[2]
+
+
 def test_a_witness_is_named_by_its_card_and_asked_for_in_the_guard(
     run: Run, archive: Path, digits: DigitFolders, tmp_path: Path
 ) -> None:
@@ -168,20 +180,21 @@ def test_doctor_says_what_it_found(run: Run, archive: Path) -> None:
     assert "Next: pathguard fit" in said
 
 
-def test_doctor_and_wrap_refuse_torchscript_in_a_clear_sentence(
+def test_doctor_and_wrap_refuse_frozen_torchscript_in_a_clear_sentence(
     run: Run, guard: Path, tmp_path: Path
 ) -> None:
     weights = tmp_path / "model.pt"
-    torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).save(str(weights))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    torch.jit.freeze(torch.jit.script(network)).save(str(weights))
     scripted = build_archive(tmp_path, serialized_file=weights, name="scripted")
 
     code, shown, _ = run("doctor", scripted)
     refused = run("wrap", scripted, "--guard", guard, "--out", tmp_path / "out.mar")
 
     assert code == 1
-    assert "TorchScript" in shown
+    assert "it calls no modules, as after torch.jit.freeze" in shown
     assert refused[0] == 1
-    assert "TorchScript" in refused[2]
+    assert "it calls no modules, as after torch.jit.freeze" in refused[2]
     assert not (tmp_path / "out.mar").exists()
 
 

@@ -133,6 +133,7 @@ def test_settings_cannot_be_changed() -> None:
         ),
         ("defaults: {reject_status: 503}", "(got 503): input should be less than or equal to 499"),
         ("defaults: {limits: {max_bytes: 0}}", "'defaults.limits.max_bytes' is not valid (got 0)"),
+        ("defaults: {limits: {formats: [JPG]}}", "no format is called 'JPG'; did you mean 'JPEG'?"),
         ("version: 2", "'version' is not valid (got 2): input should be 1"),
         ("models: [a]", "'models' is not valid (got ['a'])"),
         ("models: {a: 3}", "'models.a' is not valid (got 3)"),
@@ -219,3 +220,8 @@ def test_a_models_own_limits_are_laid_over_those_of_the_defaults_key_by_key() ->
 
     assert (small.limits.max_bytes, small.limits.max_pixels) == (50, 1000)
     assert (small.reject.target_fpr, small.reject.score) == (0.01, None)
+
+
+def test_formats_are_named_as_pillow_names_them_in_any_case() -> None:
+    settings = parsed("defaults: {limits: {formats: [png, Tiff]}}")
+    assert settings.defaults.limits.formats == ("PNG", "TIFF")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from defense.types import Verdict
 
 
 class Request:
-    verdict, invalid, failure, p_value = Verdict.ACCEPT, None, None, 0.5
+    verdict, invalid, failure, p_value, probing = Verdict.ACCEPT, None, None, 0.5, False
 
 
 folder = open_metrics_directory()
@@ -293,3 +294,33 @@ def test_a_stopped_exporter_hands_the_port_to_the_next(
     assert eventually(lambda: answers(port))
     second.stop()
     assert not answers(port)
+
+
+def test_every_page_of_a_process_values_is_allocated_before_it_is_written(
+    start: Callable[[], Worker],
+) -> None:
+    worker = start()
+    folder = Path(worker.said())
+
+    files = list(folder.glob(f"*_{worker.process.pid}.db"))
+
+    assert {file.name.rpartition("_")[0] for file in files} == set(exporter.VALUE_FILES)
+    for file in files:
+        assert file.stat().st_blocks * 512 >= file.stat().st_size == exporter.VALUE_FILE_BYTES
+
+
+def test_a_metrics_directory_without_room_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BASE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "set by the call")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (exporter.VALUE_FILE_BYTES // 2, hard))
+    try:
+        with pytest.raises(ServerError, match="File too large; make room there, or set PATHGUARD"):
+            open_metrics_directory()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -64,9 +64,10 @@ def serve(guard: Guard, net: SmallNet, counts: Counts) -> Callable[..., Service]
     """Return a function that puts a handler (by its class) behind a gate with some settings."""
 
     def build(
-        kind: type[PngHandler] = PngHandler, *, detector: Detector | None = None, **settings: object
+        kind: type[PngHandler] = PngHandler, *, detector: Detector | None = None, **settings: Any
     ) -> Service:
-        own = ModelSettings.model_validate(settings)
+        limits = {"formats": ["PNG", "TIFF"]} | settings.get("limits", {})  # a NaN needs a TIFF
+        own = ModelSettings.model_validate(settings | {"limits": limits})
         used = guard if detector is None else dataclasses.replace(guard, detector=detector)
         return Service(kind(net), Gate(used.attach(net, own), own, counts.metrics), counts)
 
@@ -296,6 +297,38 @@ def test_a_request_on_which_the_detector_fails_does_not_take_its_neighbours_alon
     assert service.counts.value("errors_total", stage="score") == 1
 
 
+@dataclass(frozen=True)
+class Hanging:
+    """A detector that hangs on a batch of two until it is released."""
+
+    name: ClassVar[str] = "hanging"
+
+    released: threading.Event
+
+    def score(self, routed: Routed) -> Tensor:
+        if len(routed) == 2:
+            self.released.wait(60)
+        return torch.zeros(len(routed)).double()
+
+
+def test_a_detector_that_hangs_is_an_error_verdict_in_time_and_holds_nothing_up(
+    serve: Callable[..., Service], clean: Clean
+) -> None:
+    payloads = [png(image) for image in clean(3)]
+    released = threading.Event()
+    service = serve(detector=Hanging(released), score_budget_ms=50)
+    try:
+        hung, after = service.pass_batch(payloads[:2]), service.pass_batch(payloads)
+        assert not released.is_set()
+    finally:
+        released.set()
+    assert verdicts(hung) == [ERROR] * 2
+    assert [outcome.answer for outcome in hung] == service.handler.answer(payloads[:2])
+    assert ERROR not in verdicts(after)
+    assert service.counts.value("errors_total", stage="timeout") == 2
+    assert service.counts.value("errors_total", stage="score") == 0
+
+
 class Twice(PngHandler):
     """Runs its backbone again on the same batch."""
 
@@ -333,7 +366,7 @@ class Augmenting(PngHandler):
 @pytest.mark.parametrize(
     ("kind", "stage", "sentence"),
     [
-        (Twice, "capture", "the handler ran the backbone 2 times for one batch; expected 1"),
+        (Twice, "rows", "the backbone ran 4 rows for 2 requests"),
         (Remembering, "capture", "the handler ran the backbone 0 times for one batch; expected 1"),
         (Elsewhere, "capture", "the handler ran the backbone 0 times for one batch; expected 1"),
         (Augmenting, "rows", "the backbone ran 4 rows for 2 requests"),

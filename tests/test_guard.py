@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from defense import optimize
 from defense.config import ModelSettings
 from defense.detectors import Detector
 from defense.errors import ArtifactError, CalibrationError, GuardFailure, SiteError
@@ -190,17 +191,20 @@ def test_a_guard_observes_a_backbone_that_is_being_differentiated(
     assert x.grad is not None
 
 
-def test_optimising_keeps_the_answers_to_rounding(
-    guard: Guard, net: SmallNet, digits: Digits
+def test_optimising_keeps_the_class_and_the_logits_within_a_tolerance_until_it_is_taken_off(
+    guard: Guard, net: SmallNet, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(optimize, "GAIN", 0)  # a small network gains nothing
     batch = digits.images[:20]
-    expected = net(batch)
-    settings = ModelSettings.model_validate({"optimize": True})
-    with guard.attach(net, settings) as attached:
-        guarded = attached(batch)
-    assert net.stem.weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(guarded.logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(guarded.logits.argmax(1), expected.argmax(1))
+    with torch.no_grad():
+        expected = net(batch)
+        with guard.attach(net, ModelSettings.model_validate({"optimize": True})) as attached:
+            guarded = attached(batch)
+            assert attached.shortcut is not None
+        strayed = (guarded.logits - expected).abs().amax(1) / expected.std(1)
+        assert 0 < float(strayed.max()) < 0.1
+        assert torch.equal(guarded.logits.argmax(1), expected.argmax(1))
+        assert torch.equal(net(batch), expected)
     assert fingerprint(net) == guard.fingerprint
 
 

@@ -85,6 +85,19 @@ def test_what_is_further_back_than_it_remembers_is_forgotten(memory: Memory) -> 
     assert len(memory) == 16
 
 
+def test_a_memory_whose_size_is_changed_keeps_the_latest(memory: Memory) -> None:
+    first, second = paths(2, 3)
+    memory.see(
+        torch.cat([near(first, 3, 1), paths(20, 9), near(second, 3, 2)]),
+        Probing(after=2, remember=24),
+    )
+    assert len(memory) == 24
+    for size in (16, 40):
+        rule = Probing(after=3, remember=size)
+        assert memory.see(near(second, 1, size), rule).tolist() == [True]
+        assert not memory.see(near(first, 1, size), rule).any()
+
+
 def test_clean_data_without_any_spread_makes_nothing_near() -> None:
     flat = torch.ones(50, D)
     memory = Memory(fit_nearness(flat, flat, seed=0))

@@ -146,3 +146,14 @@ def test_no_series_is_named_by_a_request(counts: Counts) -> None:
         "kind",
     }
     assert names <= allowed | {"fingerprint", "result", "mode", "le"}
+
+
+def test_whether_the_configuration_file_is_in_force_is_a_state(counts: Counts) -> None:
+    counts.metrics.config_valid(True)
+    counts.metrics.config_reload("invalid")
+    assert counts.value("config_valid") == 0
+    counts.metrics.config_reload("applied")
+    assert counts.value("config_valid") == 1
+    name = "pathguard_config_reloads_total"
+    found = [counts.registry.get_sample_value(name, {"result": r}) for r in ("applied", "invalid")]
+    assert found == [1, 1]

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from defense.config import Limits
-from defense.payload import InvalidReason, as_bytes, diagnose, over_limits
+from defense.payload import InvalidReason, as_bytes, diagnose, opening_only, over_limits
+from tests.campaigns.images import chunk, gif, jpeg_of_scans, png
 from tests.served import encoded
 
 GREY = encoded(np.arange(64, dtype=np.uint8).reshape(8, 8))
@@ -49,6 +50,9 @@ def short_id(value: object) -> str | None:
         (GREY[:20], None),
         ({"instances": [1]}, None),
         (None, None),
+        (10**10, InvalidReason.WRONG_SHAPE),
+        (True, InvalidReason.WRONG_SHAPE),
+        (1.5, InvalidReason.WRONG_SHAPE),
     ],
     ids=short_id,
 )
@@ -98,3 +102,52 @@ def test_pillows_own_limit_is_no_warning_but_a_reason(monkeypatch: pytest.Monkey
     assert over_limits(GREY, Limits(max_pixels=60)) is InvalidReason.TOO_MANY_PIXELS
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     assert diagnose(GREY) is InvalidReason.TOO_MANY_PIXELS
+
+
+def test_scans_of_a_jpeg_are_counted_before_it_is_opened() -> None:
+    image = jpeg_of_scans(16, 20)
+    passes = image.count(b"\xff\xda")
+    assert over_limits(image, Limits(max_passes=passes)) is None
+    assert over_limits(image, Limits(max_passes=passes - 1)) is InvalidReason.TOO_MANY_PARTS
+
+
+def test_colour_profiles_of_a_png_are_counted_before_it_is_opened() -> None:
+    profile = chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(10)))
+    assert over_limits(png(8, 8, profile), Limits(max_passes=1)) is None
+    assert over_limits(png(8, 8, profile * 2), Limits(max_passes=1)) is InvalidReason.TOO_MANY_PARTS
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        png(8, 8, chunk(b"tEXt", b"a\0b") * 100),
+        png(8, 8, chunk(b"abCd", b"") * 100),
+        gif(b"!\xfe" + b"\1x" * 200 + b"\0"),
+        gif(b"!\xfe\1x\0" * 100),
+        b"\xff\xd8" + b"\xff\xfe\0\2" * 200 + NOISE[2:],
+    ],
+    ids=["texts", "unknown chunks", "blocks", "extensions", "segments"],
+)
+def test_a_header_of_more_pieces_than_allowed_is_not_read_to_its_end(image: bytes) -> None:
+    assert over_limits(image, Limits()) is None
+    limits = Limits(max_parts=100)
+    assert over_limits(image, limits) is InvalidReason.TOO_MANY_PARTS
+
+
+def test_a_format_that_is_not_allowed_is_opened_by_nobody() -> None:
+    tiff = encoded(np.zeros((8, 8), np.uint8), "TIFF")
+    allowed = Image.ID
+    with opening_only(["PNG"]):
+        assert diagnose(tiff) is InvalidReason.NOT_AN_IMAGE
+        assert diagnose(GREY) is InvalidReason.UNREADABLE
+    assert Image.ID is allowed
+    assert diagnose(tiff) is InvalidReason.UNREADABLE
+    assert (
+        over_limits(encoded(np.zeros((11, 10), np.uint8), "TIFF"), Limits(max_pixels=100)) is None
+    )
+
+
+def test_chunks_of_a_png_are_counted_behind_its_pixels_too() -> None:
+    image = png(8, 8, trailing=chunk(b"tEXt", b"") * 47)  # and header, pixels and end
+    assert over_limits(image, Limits(max_parts=50)) is None
+    assert over_limits(image, Limits(max_parts=49)) is InvalidReason.TOO_MANY_PARTS

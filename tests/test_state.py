@@ -78,7 +78,7 @@ def test_a_whole_number_is_a_float_where_one_was_expected() -> None:
             {"leaves": [{"name": ""}]},
             r"describes Leaf with \['name'\]; expected \['name', 'weight'\]",
         ),
-        ({"leaves": ["x"]}, "describes Leaf with x; expected"),
+        ({"leaves": ["x"]}, "describes Leaf with 'x'; expected"),
         ({"extra": 1}, r"describes Tree with \['deep', 'depth', 'extra'"),
     ],
 )

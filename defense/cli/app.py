@@ -32,6 +32,9 @@ app = typer.Typer(
 
 app.add_typer(studies)
 
+USUAL_ATTACKS = "fgsm,bim"
+"""Quick ones, one step and ten: with them a guard learns most of what it learns from all."""
+
 
 def main() -> None:
     """Run a command; what the user did wrong becomes one sentence and exit code 1."""
@@ -93,9 +96,10 @@ def fit(
     attacks: Annotated[
         str | None,
         typer.Option(
-            help="Attacks to learn from, separated by commas, such as fgsm_8,pgd_2,cw_0; 'supervised' "
-            "needs some. Without any, 'fused' learns from clean runs whose answer it exchanges; with "
-            "them it finds more of their kind and of small ones, and the fit takes minutes longer."
+            help="Attacks to learn from, separated by commas, such as fgsm_8,pgd_2,cw_0, or none. "
+            "'fused' takes fgsm,bim where the archive's pixels can be attacked; with stronger ones it "
+            "finds more and the fit takes longer; with none it learns from clean runs whose answer it "
+            "exchanges. 'supervised' needs some to be named."
         ),
     ] = None,
     eps: Eps = "8/255",
@@ -122,7 +126,9 @@ def fit(
         sites=_words(sites) if sites else None,
         seed=seed,
     )
-    chosen = [make_attack(name, eps=_eps(eps)) for name in _words(attacks or "")]
+    usual = USUAL_ATTACKS if options.kind.attacks == "welcome" else ""
+    named = usual if attacks is None else "" if attacks == "none" else attacks
+    chosen = [make_attack(name, eps=_eps(eps)) for name in _words(named)]
     # Absolute, because an archive that is open has its own folder as the working one.
     card = witness.absolute() if witness else None
     images = _images(data, part).shuffled(seed, limit)
@@ -134,6 +140,7 @@ def fit(
             options=options,
             witness=card,
             attacks=chosen,
+            if_possible=attacks is None,
             progress=progress,
         )
     save_guard(guard, out)
@@ -418,7 +425,11 @@ def _opened(archive: Path) -> Iterator[Any]:
 def _extras(facts: dict[str, Any]) -> str:
     witness, echo = facts["witness"], ", ".join(facts["echo"])
     asked = f"witness {witness['card']}" if witness else "no witness"
-    return f"{asked}, {f'second look by {echo}' if echo else 'no second look'}"
+    attacks = ", ".join(facts.get("attacks", ()))
+    learnt = (
+        f"{facts['attacked_images']} successful attacks ({attacks})" if attacks else "no attacks"
+    )
+    return f"{learnt}, {asked}, {f'second look by {echo}' if echo else 'no second look'}"
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -12,7 +12,9 @@ console = Console(stderr=True)
 """Progress and advice go to stderr; results go to stdout."""
 out = Console()
 
-ArchiveFile = Annotated[Path, typer.Argument(help="A TorchServe archive (.mar).")]
+ArchiveFile = Annotated[
+    Path, typer.Argument(help="A TorchServe archive: a .mar, a folder or a .tar.gz.")
+]
 Data = Annotated[
     Path,
     typer.Option(help="Images: a folder or a zip, one folder per class (or DATA.zip/FOLDER)."),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from defense.archive import FOLDER, extract_archive
+from defense.archive import FOLDER, WRAP, extract_archive
 from defense.artifact import load_guard
 from defense.config import Settings, read_settings
 from defense.errors import PathGuardError
@@ -24,7 +24,7 @@ CARD = "report_card"
 
 def describe_guard(subject: Path, config: Path | None) -> dict[str, Any]:
     """Return what is in a guard folder or in a guarded archive, ready for JSON."""
-    if subject.is_dir():
+    if subject.is_dir() and not (subject / WRAP).is_file():
         return _facts(load_guard(subject), config)
     with tempfile.TemporaryDirectory(prefix="pathguard-") as folder:
         archive = extract_archive(subject, Path(folder))

@@ -21,13 +21,17 @@ def make_archive(
     extra_files: Sequence[Path] = (),
     config_file: Path | None = None,
     version: str = "1.0",
+    requirements_file: Path | None = None,
+    archive_format: str = "default",
 ) -> None:
     """Write the archive `target`; its model is called as the file.
 
-    handler: the name of one of TorchServe's own, or a file's path.
+    handler: the name of one of TorchServe's own, or a file's path. archive_format: one of
+    torch-model-archiver's; `target` ends as that format does (in .mar, in .tar.gz, or as a folder).
     """
     arguments = {
-        "--model-name": target.stem,
+        "--model-name": target.name.removesuffix(".mar").removesuffix(".tar.gz"),
+        "--archive-format": archive_format,
         "--version": version,
         "--handler": handler,
         "--export-path": str(target.parent),
@@ -36,6 +40,7 @@ def make_archive(
         "--model-file": model_file,
         "--serialized-file": serialized_file,
         "--config-file": config_file,
+        "--requirements-file": requirements_file,
         "--extra-files": ",".join(map(str, extra_files)) or None,
     }
     arguments |= {name: str(value) for name, value in optional.items() if value is not None}

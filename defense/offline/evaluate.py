@@ -46,7 +46,10 @@ class Bench:
     progress: Progress
 
     def routed(self, payloads: Sequence[bytes]) -> Routed:
-        return collect(self.served, self.gated, payloads, self.progress, self.guard.extras)
+        guard = self.guard
+        return collect(
+            self.served, self.gated, payloads, self.progress, guard.extras, guard.inputs.views
+        )
 
     def routed_inputs(self, inputs: Tensor) -> Routed:
         runs = collect_inputs(self.served.backbone, self.gated, inputs, self.guard.extras)

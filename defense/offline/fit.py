@@ -128,12 +128,15 @@ def fit_archive(
     options: FitOptions,
     witness: Path | None = None,
     attacks: Sequence[Attack] = (),
+    if_possible: bool = False,
     progress: Progress | None = None,
 ) -> Guard:
     """Fit a guard to a served model and image files, through the archive's own preprocessing.
 
     witness: the card of a network that is asked beside the backbone. attacks: what is run on one
     half of the fit images, for detectors that are fitted with attacks; the others run none.
+    if_possible: go without attacks where pixels do not simply become inputs, or where the network
+    has no gradient; else that is an error.
     """
     progress = progress or Silent()
     _check(images, options, witness)
@@ -155,17 +158,19 @@ def fit_archive(
         )
     )
     with GatedBackbone(served.backbone, router) as gated:
-        clean = collect(served, gated, _stream(images, fit_rows), progress)
+        clean = collect(served, gated, _stream(images, fit_rows), progress, views=spec.views)
         labelling = label_rows(images, fit_rows, clean)
         space = pixel_space(served, examples[0])
         sample = backbone_inputs(served, images.payloads(fit_rows[:SAMPLE].tolist()))
         extras = _extras(served.backbone, sample, options, witness, space, labelling.names)
         if extras.look != "path":
-            clean = collect(served, gated, _stream(images, fit_rows), progress, extras)
-        calibration = collect(served, gated, _stream(images, calibration_rows), progress, extras)
+            clean = collect(served, gated, _stream(images, fit_rows), progress, extras, spec.views)
+        calibration = collect(
+            served, gated, _stream(images, calibration_rows), progress, extras, spec.views
+        )
         data, facts = FitData(clean, labelling.labels), labelling.facts
         if options.kind.attacks != "ignored":
-            maker = Maker(served, gated, space, extras, progress)
+            maker = Maker(served, gated, space, extras, progress, if_possible)
             judged = judged_half(len(clean))
             payloads = images.payloads(fit_rows[judged].tolist())
             data, made = maker.fit_data(data, judged, payloads, attacks, options.seed)

@@ -81,6 +81,8 @@ def find_pixel_space(served: Served, example: bytes) -> PixelSpace:
     levels = torch.tensor([0.0, 51.0, 102.0, 255.0])
     flat = [_encoded(Image.new(mode, size, _colour(mode, int(level)))) for level in levels]
     inputs = backbone_inputs(served, flat).double()
+    if len(inputs) != len(flat):  # several views of a request are no image of it
+        raise _not_affine()
     values = inputs.flatten(2).mean(dim=2) if inputs.dim() == 4 else inputs[:, :0]
     x = (levels / LEVELS).double()
     if values.shape[1] not in (1, 3):

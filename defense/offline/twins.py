@@ -31,6 +31,8 @@ class Maker:
     space: PixelSpace | None
     extras: Extras
     progress: Progress
+    if_possible: bool = False
+    """Whether to go on without attacks where there can be none."""
 
     def fit_data(
         self,
@@ -44,9 +46,9 @@ class Maker:
 
         Raises ArchiveError where there are attacks and no pixels to attack.
         """
-        facts: dict[str, Any] = {"attacks": [attack.name for attack in attacks]}
+        facts: dict[str, Any] = {"attacks": []}
         if self.space is None:
-            if attacks:
+            if attacks and not self.if_possible:
                 raise ArchiveError(
                     "the archive's preprocessing is no shift and scale of pixels per channel, so "
                     "attacks on pixels are not defined for it; fit without attacks"
@@ -54,9 +56,10 @@ class Maker:
             return clean, facts | {"harmless": "none, for pixels do not simply become inputs"}
         inputs = backbone_inputs(self.served, payloads if attacks else payloads[:SHIFTED])
         pixels = self.space.to_pixels(inputs)
+        runs = self._attacked(pixels, clean.labels[judged], attacks, seed) if attacks else None
         attacked = None
-        if attacks:
-            runs = self._attacked(pixels, clean.labels[judged], attacks, seed)
+        if runs is not None:
+            facts["attacks"] = [attack.name for attack in attacks]
             attacked = successes(runs, clean.clean.take(judged), clean.labels[judged])
         changed = harmless(pixels[:SHIFTED], seed)
         shifted = Routed.concat([self._run(images) for images in changed.values()])
@@ -65,11 +68,20 @@ class Maker:
 
     def _attacked(
         self, pixels: Tensor, labels: Tensor, attacks: Sequence[Attack], seed: int
-    ) -> Routed:
-        """Return the runs of every attack, one after the other: A x N."""
+    ) -> Routed | None:
+        """Return the runs of every attack, one after the other: A x N; None where there can be none."""
         assert self.space is not None
         model = self.space.model(self.served.backbone)
-        return Routed.concat([self._run(a.run(model, pixels, labels, seed=seed)) for a in attacks])
+        try:
+            made = [attack.run(model, pixels, labels, seed=seed) for attack in attacks]
+        except RuntimeError as error:  # what torch raises where there is no gradient
+            if self.if_possible:
+                return None
+            raise ArchiveError(
+                f"the network cannot be attacked ({error}); give it in a form that has gradients, or "
+                "fit without attacks"
+            ) from error
+        return Routed.concat([self._run(images) for images in made])
 
     def _run(self, pixels: Tensor) -> Routed:
         assert self.space is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from handlers.torchserve_server import TorchServe, free_port, on_free_ports
 from handlers.torchserve_settings import ServedModel, ServerSettings
 from tests.archives import build_archive
 from tests.e2e import kinds
+from tests.e2e.workflows import ECHO_HANDLER, build_workflow
 
 SEED = 0
 BATCH = 8
@@ -231,4 +233,37 @@ def running(
     )
     settings = on_free_ports(ServerSettings(models=models, guard_config=config))
     with TorchServe(settings) as server:
+        yield Running(server, config, port)
+
+
+@pytest.fixture(scope="session")
+def doors(
+    counting: Pair,
+    function: Pair,
+    classifier: Pair,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Running]:
+    """One TorchServe on which models may be registered, with two workflows in its store."""
+    work = tmp_path_factory.mktemp("doors")
+    port = free_port()
+    config = work / "guard.yaml"
+    config.write_text(guard_yaml(port))
+    archives = {
+        "counting": counting.guarded,
+        "function": function.guarded,
+        "classifier": classifier.guarded,
+    }
+    models = tuple(
+        ServedModel(name, path, batch_size=4, workers=2 if name == "function" else 1)
+        for name, path in archives.items()
+    )
+    settings = ServerSettings(models=models, guard_config=config, model_api=True)
+    handler = work / "echo_handler.py"
+    handler.write_text(ECHO_HANDLER)
+    echo = build_archive(work, handler=handler, name="echo")
+    with TorchServe(on_free_ports(settings)) as server:
+        shutil.copy(echo, server.model_store)
+        for second in ("echo", "function"):
+            workflow = build_workflow(work, f"then-{second}", "counting.mar", f"{second}.mar")
+            shutil.copy(workflow, server.model_store)
         yield Running(server, config, port)

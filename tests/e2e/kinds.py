@@ -26,6 +26,7 @@ CLASS_HANDLER = """
 import io
 
 import torch
+from captum.attr import IntegratedGradients
 from PIL import Image
 from torchvision import transforms
 from ts.torch_handler.base_handler import BaseHandler
@@ -50,6 +51,9 @@ class OwnPreprocessing(BaseHandler):
         return [
             {"class": int(row.argmax()), "probabilities": row.softmax(0).tolist()} for row in logits
         ]
+
+    def get_insights(self, batch, _, target=0):
+        return IntegratedGradients(self.model).attribute(batch, target=target, n_steps=8).tolist()
 """
 
 FUNCTION_HANDLER = """

@@ -199,7 +199,7 @@ def test_all_series_exist_before_the_first_request(running: Running) -> None:
 def test_explanations_and_descriptions_keep_working(running: Running, clean: list[bytes]) -> None:
     image = _coloured(clean[0])
 
-    passed = total(running.metrics_url, "pathguard_passed_total", model="classifier")
+    scored = total(running.metrics_url, "pathguard_requests_total", model="classifier")
     stock = post(running.server, "classifier-stock", [image], door="explanations")[0]
     guarded = post(running.server, "classifier", [image], door="explanations")[0]
     described = httpx.get(
@@ -209,8 +209,8 @@ def test_explanations_and_descriptions_keep_working(running: Running, clean: lis
 
     assert stock.status_code == guarded.status_code == 200
     assert guarded.content == stock.content
-    after = total(running.metrics_url, "pathguard_passed_total", model="classifier")
-    assert after == passed + 1
+    after = total(running.metrics_url, "pathguard_requests_total", model="classifier")
+    assert after == scored + 1
     assert json.loads(described.text)[0]["modelName"] == "classifier"
 
 

@@ -77,14 +77,15 @@ def test_an_image_that_the_handler_cannot_read_is_an_error(
         collected(PngHandler(net), guard, payloads)
 
 
-def test_images_that_go_one_by_one_but_not_together_are_an_error(
+def test_images_that_go_one_by_one_but_not_together_are_run_one_by_one(
     net: SmallNet, guard: Guard
 ) -> None:
     payloads = [png(torch.zeros(1, size, size)) for size in (8, 9)]
-    with pytest.raises(
-        ArchiveError, match=r"one by one but not together .RuntimeError: .*of one size"
-    ):
-        collected(PngHandler(net), guard, payloads)
+    with counted_forwards(net) as forwards:
+        together = collected(PngHandler(net), guard, payloads)
+    alone = [collected(PngHandler(net), guard, [payload]) for payload in payloads]
+    assert forwards == [1, 1]
+    assert torch.equal(together.path, torch.cat([one.path for one in alone]))
 
 
 class Twice(PngHandler):
@@ -106,12 +107,12 @@ class Idle(PngHandler):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        (Twice, "this archive cannot be guarded: the handler ran the backbone 2 times"),
+        (Twice, "runs its backbone on 4 rows for 2 requests; only a fixed number of rows per"),
         (Idle, "this archive cannot be guarded: the handler ran the backbone 0 times"),
-        (Mirrored, "runs its backbone on 4 rows for 2 requests; only one row per request"),
+        (Mirrored, "runs its backbone on 4 rows for 2 requests; only a fixed number of rows per"),
     ],
 )
-def test_a_handler_that_does_not_run_its_backbone_once_per_request_is_an_error(
+def test_a_handler_that_runs_other_rows_than_those_of_its_views_is_an_error(
     net: SmallNet, guard: Guard, digits: Digits, kind: type[PngHandler], sentence: str
 ) -> None:
     with pytest.raises(ArchiveError, match=sentence):
@@ -136,6 +137,68 @@ def test_an_input_spec_lets_vary_what_varies(net: SmallNet) -> None:
     mixed = [*same, png(torch.zeros(1, 8, 9))]
     spec = input_spec(PngHandler(net), mixed)
     assert (spec.shape, spec.dtype) == ((1, 8, -1), "float32")
+
+
+class Random(PngHandler):
+    """Shows its backbone every image and a crop at a place that chance chooses."""
+
+    def infer(self, batch: Tensor) -> Tensor:
+        place = int(torch.randint(1, 8, ()))
+        return super().infer(torch.cat([batch, batch.roll(place, -1)]))[: len(batch)]
+
+
+class Sorted(PngHandler):
+    """Runs each image and its mirror image, the darkest images first."""
+
+    def infer(self, batch: Tensor) -> Tensor:
+        order = batch.flatten(1).sum(1).argsort()
+        views = torch.stack([batch[order], batch[order].flip(-1)], 1)
+        return super().infer(views.flatten(0, 1))[::2][order.argsort()]
+
+
+class Darkest(PngHandler):
+    """Runs the darkest images first."""
+
+    def infer(self, batch: Tensor) -> Tensor:
+        order = batch.flatten(1).sum(1).argsort()
+        return super().infer(batch[order])[order.argsort()]
+
+
+class Sized(PngHandler):
+    """Runs as many rows of an image as it is bright."""
+
+    def infer(self, batch: Tensor) -> Tensor:
+        times = batch.flatten(1).mean(1).mul(4).long() + 1
+        return super().infer(batch.repeat_interleave(times, 0))[: len(batch)]
+
+
+class Scales(PngHandler):
+    """Runs an image in two sizes."""
+
+    def infer(self, batch: Tensor) -> Tensor:
+        super().infer(batch)
+        return super().infer(batch[..., :-1, :-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Random, "2 rows per request, in a batch not the same ones or mixed"),
+        (Sorted, "2 rows per request, in a batch not the same ones or mixed"),
+        (Darkest, "1 rows per request, in a batch not the same ones or mixed"),
+        (Sized, r"a number of rows that depends on the image \(2, 3, 4\); only a fixed"),
+        (Scales, "inputs of several sizes; only inputs of one size can be fitted to"),
+    ],
+)
+def test_a_handler_whose_rows_cannot_be_told_apart_is_an_error(
+    net: SmallNet, digits: Digits, kind: type[PngHandler], sentence: str
+) -> None:
+    bright = [
+        image.clamp(least, 1) for least, image in zip((0.8, 0.4, 0), digits.images, strict=False)
+    ]
+    torch.manual_seed(0)
+    with pytest.raises(ArchiveError, match=sentence):
+        input_spec(kind(net), [png(image) for image in bright])
 
 
 class Either(PngHandler):
@@ -219,6 +282,6 @@ def test_a_backbone_that_is_called_by_keyword_gets_no_witness(
 
     with (
         GatedBackbone(net, guard.router) as gated,
-        pytest.raises(ArchiveError, match="one input row per request by position; fit a guard"),
+        pytest.raises(ArchiveError, match="the inputs of every request by position; fit a guard"),
     ):
         collect(ByKeyword(net), gated, [png(digits.images[0])], Silent(), Extras(small_witness()))

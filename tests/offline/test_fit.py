@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from defense.detectors import DETECTORS, DetectorKind
 from defense.errors import ArchiveError, CalibrationError, ConfigError, DataError, SiteError
@@ -286,6 +286,17 @@ class Signed(PngHandler):
         return super().decode(payload) * 2 - 1
 
 
+class NoGradient(nn.Module):
+    """A network that no gradient passes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.detach())  # type: ignore[no-any-return]
+
+
 class Squaring(PngHandler):
     """Preprocesses by more than a shift and a scale."""
 
@@ -360,6 +371,29 @@ def test_where_pixels_do_not_simply_become_inputs_nothing_is_made_of_them(
         ArchiveError, match="attacks on pixels are not defined for it; fit without attacks"
     ):
         fit_archive(Squaring(net), images, options=options, attacks=attacks)
+
+
+def test_attacks_that_are_welcome_if_possible_are_left_out_where_they_are_not(
+    net: SmallNet, folder: Path, kept: list[FitData]
+) -> None:
+    options, images = FitOptions(detector="disagreement"), read_images(folder)
+    attacks = [make_attack("fgsm", eps=0.1)]
+    for handler in (Squaring(net), PngHandler(NoGradient(net))):
+        guard = fit_archive(handler, images, options=options, attacks=attacks, if_possible=True)
+        assert guard.facts["attacks"] == []
+        assert kept[-1].attacked is None
+    guard = fit_archive(PngHandler(net), images, options=options, attacks=attacks, if_possible=True)
+    assert guard.facts["attacks"] == ["fgsm"]
+
+
+def test_a_network_without_gradients_cannot_be_attacked(
+    net: SmallNet, folder: Path, kept: list[FitData]
+) -> None:
+    options, attacks = FitOptions(detector="disagreement"), [make_attack("fgsm", eps=0.1)]
+    with pytest.raises(ArchiveError, match=r"the network cannot be attacked .*fit without attacks"):
+        fit_archive(
+            PngHandler(NoGradient(net)), read_images(folder), options=options, attacks=attacks
+        )
 
 
 def test_an_archive_gets_a_witness_from_its_card(

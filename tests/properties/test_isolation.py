@@ -33,7 +33,10 @@ from tests.served import (
     png,
 )
 
-SETTINGS = ModelSettings.model_validate({"limits": {"max_bytes": 5000, "max_pixels": 2000}})
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
+SETTINGS = ModelSettings.model_validate(
+    {"limits": {"max_bytes": 5000, "max_pixels": 2000, "formats": FORMATS}}
+)
 TWO_LOOKS = ModelSettings.model_validate(
     {
         "flag": {"target_fpr": 0.05},
@@ -66,6 +69,7 @@ def pool(clean: Clean) -> list[bytes]:
         png(torch.zeros(1, 60, 60)),
         encoded(torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()),
         b"x" * 5001,
+        image + b"iCCP" * 40,
     ]
 
 
@@ -150,10 +154,7 @@ def mutated(original: bytes, seed: int) -> bytes:
 
 
 DRAWN = torch.randint(0, 256, (8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-FILES = [
-    encoded(DRAWN.numpy(), kind)
-    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
-]
+FILES = [encoded(DRAWN.numpy(), kind) for kind in FORMATS]
 damaged = st.builds(mutated, st.sampled_from(FILES), st.integers(0, 2**31))
 
 

@@ -49,7 +49,13 @@ models = st.fixed_dictionaries(
         "witness": st.sampled_from(["always", "second_look", "off"]),
         "optimize": st.booleans(),
         "limits": st.fixed_dictionaries(
-            {"max_bytes": st.integers(1, 10**12), "max_pixels": st.integers(1, 10**12)}
+            {
+                "max_bytes": st.integers(1, 10**12),
+                "max_pixels": st.integers(1, 10**12),
+                "formats": st.lists(st.sampled_from(["JPEG", "PNG", "TIFF"])),
+                "max_passes": st.integers(1, 10**6),
+                "max_parts": st.integers(1, 10**9),
+            }
         ),
     },
 )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from captum.attr import IntegratedGradients
 from networks import NETWORKS, Architecture
 from safetensors.torch import load_file
 from torchvision import transforms
@@ -28,6 +29,7 @@ class NetworkClassifier(ImageClassifier):
         )
         self.model.load_state_dict(load_file(folder / "weights.safetensors"))
         self.model.to(self.device).eval()
+        self.ig = IntegratedGradients(self.model)  # for /explanations
         self.mapping = {str(index): name for index, name in enumerate(card["classes"])}
         self.image_processing = transforms.Compose(
             [

@@ -10,6 +10,8 @@ import torch
 
 from defense.offline.archiver import make_archive
 
+SUFFIXES = {"no-archive": "", "tgz": ".tar.gz"}
+
 
 def build_archive(
     folder: Path,
@@ -22,14 +24,16 @@ def build_archive(
     config_file: Path | None = None,
     name: str = "tiny",
     version: str = "1.0",
+    requirements_file: Path | None = None,
+    archive_format: str = "default",
 ) -> Path:
-    """Build `folder/<name>.mar`.
+    """Build `folder/<name>.mar`, or a folder or tar of that name where another format is asked.
 
     `handler` is the name of one of TorchServe's own or the path of a file; an entry point is named
     without the file's suffix, as in `folder/my_handler:entry`.
     The weights are `state_dict`, saved as `model.pt`, or any ready `serialized_file`.
     """
-    target = folder / f"{name}.mar"
+    target = folder / f"{name}{SUFFIXES.get(archive_format, '.mar')}"
     with TemporaryDirectory() as private:
         sources = Path(private)
         model_file = None
@@ -47,5 +51,7 @@ def build_archive(
             extra_files=extra_files,
             config_file=config_file,
             version=version,
+            requirements_file=requirements_file,
+            archive_format=archive_format,
         )
     return target
