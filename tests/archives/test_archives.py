@@ -20,7 +20,6 @@ from tests.archives.trial import (
     guard,
     refusal,
     served,
-    servers,
     try_out,
     write_images,
 )
@@ -53,9 +52,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     guarded = {kind.name: guard(kind, folder / kind.name, images) for kind in named(*SERVED)}
     with ExitStack() as started:
         found: dict[str, Server] = {}
-        for group in servers(named(*SERVED)):
-            server = started.enter_context(served([guarded[k.name] for k in group], folder))
-            found |= {kind.name: server for kind in group}
+        for envelope in ("", "kserve"):
+            group = [one for one in guarded.values() if one.kind.envelope == envelope]
+            server = started.enter_context(served(group, folder))
+            found |= {one.kind.name: server for one in group}
         yield Running(guarded, found, requests)
 
 

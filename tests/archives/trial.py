@@ -39,7 +39,7 @@ FIRST, FIT, CLEAN = 600, 240, 24
 SENT = 3
 TOGETHER = 1
 """Kinds in one server, with two workers each: TorchServe gives a worker two minutes to begin."""
-BATCH, DELAY_MS, STAGGER = 8, 400, 0.02
+BATCH, DELAY_MS, STAGGER = 8, 200, 0.02
 CONFIG = """\
 version: 1
 defaults:
