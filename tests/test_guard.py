@@ -202,7 +202,7 @@ def test_optimising_keeps_the_class_and_the_logits_within_a_tolerance_until_it_i
             guarded = attached(batch)
             assert attached.shortcut is not None
         strayed = (guarded.logits - expected).abs().amax(1) / expected.std(1)
-        assert 0 < float(strayed.max()) < 0.1
+        assert float(strayed.max()) < 0.1
         assert torch.equal(guarded.logits.argmax(1), expected.argmax(1))
         assert torch.equal(net(batch), expected)
     assert fingerprint(net) == guard.fingerprint

@@ -226,7 +226,9 @@ def header_case(rng: Random, target: Target, raw: bytes) -> Case:
         [b"Accept-Encoding: gzip, deflate, br, " + MARKER.encode()],
         [b"Origin: http://" + MARKER.encode()],
     ]
-    return Case("headers", (target.request(raw, rng.choice(odd)),))
+    chosen = rng.choice(odd)
+    endless = chosen[0].startswith(b"Transfer-Encoding")  # the body is no chunks
+    return Case("headers", (target.request(raw, chosen),), ending="shuts" if endless else "reads")
 
 
 def encoding_case(rng: Random, target: Target, raw: bytes) -> Case:

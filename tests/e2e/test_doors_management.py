@@ -95,5 +95,5 @@ def ask(doors: Running, workflow: str, image: bytes) -> httpx.Response:
         f"{doors.server.inference_url}/wfpredict/{workflow}",
         content=image,
         headers=doors.server.token_header(),
-        timeout=60,
+        timeout=180,
     )

@@ -13,7 +13,7 @@ models:
   batch-size: 1
   max-batch-delay: 10
   retry-attempts: 1
-  timeout-ms: 60000
+  timeout-ms: 170000
   first:
     url: {first}
   second:
