@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from defense.cli.app import app
+from defense.cli.studies import studies
 from defense.config import Settings, parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,8 @@ def test_the_python_example_prints_what_the_readme_shows() -> None:
 
 
 def test_the_commands_of_the_readme_exist() -> None:
-    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands = app.registered_commands + studies.registered_commands
+    known = {command.callback.__name__ for command in commands if command.callback}
     used = set(
         re.findall(r"pathguard (doctor|fit|wrap|serve|evaluate|unwrap|demo|bench)\b", README)
     )
