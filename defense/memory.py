@@ -48,10 +48,11 @@ class Memory:
         """A ring: the oldest row is the next to be written over."""
         self._squares = torch.empty(0)
         """Squared lengths of the rows, infinite for those that are still empty."""
-        self._known = self._next = 0
+        self._count = 0
+        """Rows written since the ring got its size."""
 
     def __len__(self) -> int:
-        return self._known
+        return min(self._count, len(self._rows))
 
     @torch.inference_mode()
     def see(self, path: Tensor, probing: Probing) -> Tensor:
@@ -65,13 +66,13 @@ class Memory:
         if not self._perhaps_near(sketches):
             self._remember(sketches)
             return torch.zeros(len(sketches), dtype=torch.bool)
-        before, among = _apart(sketches, self._rows[: self._known]), _apart(sketches, sketches)
+        before, among = apart(sketches, self._rows[: len(self)]), apart(sketches, sketches)
         radius = self._nearness.radius
         earlier = torch.cat([before, among.masked_fill(_not_before(len(sketches)), torch.inf)], 1)
         same = earlier <= radius * SAME
         fresh = ~same.any(dim=1)
         # Of a request that stands twice in the batch it is the first asking that counts.
-        counts = torch.cat([torch.ones(self._known, dtype=torch.bool), fresh])
+        counts = torch.cat([torch.ones(len(self), dtype=torch.bool), fresh])
         asked = ((earlier <= radius) & ~same & counts).sum(dim=1) >= probing.after
         self._remember(sketches[fresh])
         return asked
@@ -79,36 +80,34 @@ class Memory:
     def _perhaps_near(self, sketches: Tensor) -> bool:
         """Say quickly, by a matrix product, whether any is near another; it errs towards yes."""
         squares = sketches.square().sum(dim=1)
-        apart = torch.addmm(self._squares, sketches, self._rows.T, alpha=-2).amin(dim=1) + squares
-        if bool((apart <= self._nearness.radius**2 + ROUNDING * squares).any()):
+        nearest = torch.addmm(self._squares, sketches, self._rows.T, alpha=-2).amin(dim=1) + squares
+        if bool((nearest <= self._nearness.radius**2 + ROUNDING * squares).any()):
             return True
         if len(sketches) == 1:
             return False
-        among = _apart(sketches, sketches) <= self._nearness.radius
+        among = apart(sketches, sketches) <= self._nearness.radius
         return int(among.sum()) > len(sketches)
 
     def _make_room(self, size: int) -> None:
         """Change the size of the ring, keeping the latest."""
         if len(self._rows) == size:
             return
-        full = self._known == len(self._rows)
-        kept = self._rows[: self._known].roll(-self._next if full else 0, dims=0)[-size:]
+        kept = self._rows[: len(self)].roll(-self._count, dims=0)[-size:]  # oldest first
         self._rows = torch.zeros(size, self._rows.shape[1])
         self._squares = torch.full((size,), torch.inf)
-        self._known = self._next = 0
+        self._count = 0
         self._remember(kept)
 
     def _remember(self, sketches: Tensor) -> None:
         size = len(self._rows)
         sketches = sketches[-size:]
-        places = (self._next + torch.arange(len(sketches))) % size
+        places = (self._count + torch.arange(len(sketches))) % size
         self._rows[places] = sketches
         self._squares[places] = sketches.square().sum(dim=1)
-        self._known = min(size, self._known + len(sketches))
-        self._next = (self._next + len(sketches)) % size
+        self._count += len(sketches)
 
 
-def _apart(some: Tensor, others: Tensor) -> Tensor:
+def apart(some: Tensor, others: Tensor) -> Tensor:
     """Return distances (N, M), exact: matrix products lose what tells a request from its repetition."""
     return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
 

@@ -54,7 +54,7 @@ def test_the_bill_holds_no_attack_and_no_tool(extra: str) -> None:
 def test_the_bill_can_be_made_again_to_the_byte() -> None:
     assert BILL["bomFormat"] == "CycloneDX"
     assert not {"serialNumber", "timestamp"} & {*BILL, *BILL["metadata"]}
-    assert not re.findall(r"file:|/home/|/root/|/tmp/|/work/", BILL_TEXT)
+    assert not re.findall(r"file:|(?<![\w:/.%-])/\w+/", BILL_TEXT)  # nor a path of any machine
     refs = [part["bom-ref"] for part in BILL["components"]]
     assert refs == sorted(refs)
 

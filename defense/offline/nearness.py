@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from defense.config import Probing
-from defense.memory import Nearness
+from defense.memory import Nearness, apart
 
 SKETCH = 64
 """Numbers of a sketch: random projections keep distances to some tenth (Johnson & Lindenstrauss)."""
@@ -29,11 +29,7 @@ def fit_nearness(fit: Tensor, calibration: Tensor, *, seed: int) -> Nearness:
     columns = int(varies.sum().clamp(min=1))
     projection = (scale[:, None] * directions / (columns * SKETCH) ** 0.5).float()
     known = Nearness(projection, 0.0).sketch(calibration[: Probing().remember])
-    apart = (
-        torch.cdist(known, known, compute_mode="donot_use_mm_for_euclid_dist")
-        .fill_diagonal_(torch.inf)
-        .amin(dim=1)
-    )
-    apart = apart[apart.isfinite()]
-    radius = float(SAFETY * apart.double().quantile(RARE)) if len(apart) else 0.0
+    nearest = apart(known, known).fill_diagonal_(torch.inf).amin(dim=1)
+    nearest = nearest[nearest.isfinite()]
+    radius = float(SAFETY * nearest.double().quantile(RARE)) if len(nearest) else 0.0
     return Nearness(projection, radius)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from defense.backbone import GatedBackbone
 from defense.errors import ArchiveError, DataError
@@ -16,6 +17,7 @@ from defense.offline.collect import Served, backbone_inputs, collect_inputs
 from defense.offline.harmless import harmless
 from defense.offline.pixels import PixelSpace, find_pixel_space
 from defense.offline.progress import Progress
+from defense.sites import device_of
 from defense.types import FitData, Routed
 
 SHIFTED = 500
@@ -72,16 +74,14 @@ class Maker:
         """Return the runs of every attack, one after the other: A x N; None where there can be none."""
         assert self.space is not None
         model = self.space.model(self.served.backbone)
-        try:
-            made = [attack.run(model, pixels, labels, seed=seed) for attack in attacks]
-        except RuntimeError as error:  # what torch raises where there is no gradient
+        if not has_gradient(model, pixels[:1]):
             if self.if_possible:
                 return None
             raise ArchiveError(
-                f"the network cannot be attacked ({error}); give it in a form that has gradients, or "
-                "fit without attacks"
-            ) from error
-        return Routed.concat([self._run(images) for images in made])
+                "the network cannot be attacked because no gradient reaches its input; give it in a form "
+                "that has gradients, or fit without attacks"
+            )
+        return Routed.concat([self._run(a.run(model, pixels, labels, seed=seed)) for a in attacks])
 
     def _run(self, pixels: Tensor) -> Routed:
         assert self.space is not None
@@ -89,6 +89,16 @@ class Maker:
         runs = collect_inputs(self.served.backbone, self.gated, inputs, self.extras)
         self.progress.advance(len(runs))
         return runs
+
+
+def has_gradient(model: nn.Module, pixels: Tensor) -> bool:
+    """Say whether the logits of `model` for pixels (N, C, H, W) have a gradient at these pixels."""
+    with torch.enable_grad():
+        pixels = pixels.to(device_of(model)).clone().requires_grad_()
+        total = model(pixels).sum()
+        if not total.requires_grad:
+            return False
+        return torch.autograd.grad(total, pixels, allow_unused=True)[0] is not None
 
 
 def pixel_space(served: Served, example: bytes) -> PixelSpace | None:

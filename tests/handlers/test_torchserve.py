@@ -236,6 +236,10 @@ def test_an_explanation_is_refused_where_its_prediction_would_be(
     assert headers == [{"X-PathGuard-Verdict": "accept"}]
 
 
+def broken(*_: object) -> None:
+    raise RuntimeError("a part of the handler fails")
+
+
 @pytest.mark.parametrize("mode", ["off", "shadow"])
 def test_off_and_shadow_explain_whatever_they_are_sent(
     worker: Worker, folder: Path, image: bytes, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -249,9 +253,6 @@ def test_off_and_shadow_explain_whatever_they_are_sent(
 def test_in_shadow_an_explanation_is_given_though_its_prediction_fails(
     worker: Worker, folder: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no prediction")
-
     monkeypatch.setattr(VisionHandler, "get_insights", explained)
     monkeypatch.setattr(VisionHandler, "inference", broken)
     guard = worker(f"mode: shadow, {REJECT_ALL}")
@@ -262,9 +263,6 @@ def test_in_shadow_an_explanation_is_given_though_its_prediction_fails(
 def test_an_explanation_that_fails_fails_alone(
     worker: Worker, folder: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no gradients")
-
     monkeypatch.setattr(VisionHandler, "get_insights", broken)
     answers, statuses, headers = ask(worker(ACCEPT_ALL), folder, image, image, explain="True")
 
