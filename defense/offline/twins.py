@@ -78,8 +78,8 @@ class Maker:
             if self.if_possible:
                 return None
             raise ArchiveError(
-                "the network cannot be attacked because no gradient reaches its input; give it in a form "
-                "that has gradients, or fit without attacks"
+                "the network cannot be attacked because no gradient reaches its input; give it in a "
+                "form that has gradients, or fit without attacks"
             )
         return Routed.concat([self._run(a.run(model, pixels, labels, seed=seed)) for a in attacks])
 
