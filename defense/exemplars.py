@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from defense.errors import ArtifactError
+from defense.figures import rounded
 from defense.types import PathLayout
 
 
@@ -27,6 +28,14 @@ class Neighbour:
     image: str
     label: int
     distance: float
+
+    def as_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return plain values; `names` are those of the classes."""
+        return {
+            "image": self.image,
+            "class": names[self.label],
+            "distance": rounded(self.distance),
+        }
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Pathway:
 
 
 def follow_pathway(
-    mask: Tensor, label: int, pathways: Tensor, layout: PathLayout, *, most: int = 5
+    mask: Tensor, label: int, pathways: Tensor, layout: PathLayout, *, most: int
 ) -> Pathway:
     """Hold a mask (D,) of 0 and 1, predicted `label`, against the class pathways (K, D).
 

@@ -1,8 +1,8 @@
 """Why one request was judged as it was: everything that helps an analyst, in one document.
 
-What the guard saw (`defense.reasons`), the clean images whose paths are nearest, the class pathway
-where the guard has one, the neurons that the answer rests on, and which pixels speak for it. The last
-two run the backbone again, so they have a budget; what does not fit in is left out and said.
+What the guard saw (`defense.reasons`), the neurons that the answer rests on, and which pixels speak
+for it. The last two run the backbone again, so they have a budget; what does not fit in is left out
+and said.
 """
 
 from __future__ import annotations
@@ -22,32 +22,21 @@ from torch.nn import functional
 
 from defense.config import Explanations
 from defense.errors import ConfigError, GuardFailure, PathGuardError
-from defense.exemplars import Neighbour, follow_pathway
+from defense.figures import rounded
 from defense.gate import Answer, Examined, Gate, Outcome
-from defense.guard import AttachedGuard, Guard
+from defense.guard import AttachedGuard
 from defense.influence import influential
 from defense.keys import KeyFile
 from defense.metrics import ModelMetrics
 from defense.patience import within
-from defense.reasons import reasons, rounded
-from defense.types import Routed
+from defense.reasons import reasons
 
 logger = logging.getLogger(__name__)
 
 GRID = 16
 """Rows and columns at most of the attribution in numbers."""
-NEAREST = 5
 BRIGHTEST = 0.99
 """Share of the pixels that stay below full colour: a single one would leave the others pale."""
-
-
-NO_PATH: dict[str, Any] = {
-    "reasons": None,
-    "nearest_clean": [],
-    "nearest_predicted": [],
-    "pathway": None,
-}
-"""What is said of a path that could not be read."""
 
 
 class UnknownClass(ConfigError):
@@ -118,7 +107,7 @@ class Explainer:
             "p_value": outcome.p_value,
             "score": outcome.score,
             "fingerprint": guard.fingerprint[:16],
-            **NO_PATH,
+            "reasons": None,
             "influential": [],
             "attribution": None,
         }
@@ -140,7 +129,7 @@ class Explainer:
         guard, routed = attached.guard, examined.routed
         if routed is None:
             return "failed"
-        _tried("path", lambda: document.update(path_explanation(guard, routed)))
+        _tried("reasons", lambda: document.update(reasons=reasons(guard, routed)[0].as_json()))
         if examined.inputs is None:
             return "failed"
         # Of several views of a request the first is explained.
@@ -201,35 +190,6 @@ def class_index(about: str, names: Sequence[str]) -> int:
         f"the class to explain is none of the model's {len(names)}; give a class's name or an index "
         f"from 0 to {len(names) - 1}"
     )
-
-
-def path_explanation(guard: Guard, routed: Routed) -> dict[str, Any]:
-    """Return what a run of one row says without another: reasons, nearest clean images, pathway.
-
-    nearest_clean and nearest_predicted: the exemplars of all classes and those of the predicted class
-    whose paths are nearest. pathway: None where the guard's router knows no class pathways.
-    """
-    found = NO_PATH | {"reasons": reasons(guard, routed)[0].as_json()}
-    exemplars, names = guard.exemplars, guard.class_names
-    if exemplars is None or guard.nearness is None:
-        return found
-    sketch = guard.nearness.sketch(routed.path)
-
-    def told(neighbours: Sequence[Neighbour]) -> list[dict[str, Any]]:
-        return [
-            {"image": n.image, "class": names[n.label], "distance": rounded(n.distance)}
-            for n in neighbours
-        ]
-
-    found["nearest_clean"] = told(exemplars.nearest(sketch, most=NEAREST)[0])
-    found["nearest_predicted"] = told(
-        exemplars.nearest(sketch, most=NEAREST, labels=routed.predicted)[0]
-    )
-    if exemplars.pathways is not None:
-        label, layout = int(routed.predicted[0]), guard.router.layout
-        pathway = follow_pathway(routed.path[0], label, exemplars.pathways, layout)
-        found["pathway"] = pathway.as_json(names)
-    return found
 
 
 def pictured(attribution: Tensor) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 Three views answer, where the guard's detector has learnt them. The density view says at which sites
 the path lies far from those of clean images of the predicted class, and by which channels; the
-trajectory view says which class every site reads; the witness says which class it believes.
+trajectory view says which class every site reads; the witness says which class it believes. The
+guard's exemplars tell which clean images took the nearest paths, and how the request keeps to the
+pathways of classes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,13 @@ from defense.detectors.density import Density, DensityView
 from defense.detectors.fused import Fused
 from defense.detectors.gaussian import Standardiser
 from defense.detectors.trajectory import Trajectory, TrajectoryView
+from defense.exemplars import Neighbour, Pathway, follow_pathway
+from defense.figures import rounded
 from defense.guard import Guard
 from defense.types import Routed
 
 FARTHEST = 1e6
 """Deviations are cut off here: what is written down has no infinite numbers."""
-DIGITS = 4
-"""Significant digits of what is written down."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,33 @@ class SiteReason:
 
 
 @dataclass(frozen=True)
+class Near:
+    """The exemplars whose paths are nearest to a request's, and how it keeps to class pathways.
+
+    clean: of all classes; predicted: of the predicted class; nearest first. pathway: None where the
+    guard's router knows no pathways. names: of all classes.
+    """
+
+    clean: tuple[Neighbour, ...] = ()
+    predicted: tuple[Neighbour, ...] = ()
+    pathway: Pathway | None = None
+    names: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "nearest_clean": [one.as_json(self.names) for one in self.clean],
+            "nearest_predicted": [one.as_json(self.names) for one in self.predicted],
+            "pathway": None if self.pathway is None else self.pathway.as_json(self.names),
+        }
+
+
+@dataclass(frozen=True)
 class Reasons:
     """What the views of a guard say about one request; classes are names.
 
     sites: the most unusual ones first. votes: what every site reads, by site, in the order of the
-    layout. Both are empty, and `witness` is None, where the guard has not learnt to say.
+    layout. Both are empty, and `witness` is None, where the guard has not learnt to say; `near` is
+    empty for a guard without exemplars.
     """
 
     predicted: str
@@ -84,6 +107,7 @@ class Reasons:
     sites: tuple[SiteReason, ...] = ()
     votes: tuple[tuple[str, Belief], ...] = ()
     witness: Belief | None = None
+    near: Near = Near()
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values that JSON can hold, numbers to four significant digits."""
@@ -93,6 +117,7 @@ class Reasons:
             "sites": [site.as_json() for site in self.sites],
             "votes": [{"site": site, **belief.as_json()} for site, belief in self.votes],
             "witness": None if self.witness is None else self.witness.as_json(),
+            **self.near.as_json(),
         }
 
 
@@ -100,12 +125,13 @@ class Reasons:
 def reasons(guard: Guard, routed: Routed, *, most: int = 5) -> list[Reasons]:
     """Return why each of N runs is what the guard takes it for, from what the runs carry.
 
-    most: sites, and channels of a site, that are named at most.
+    most: sites, channels of a site, and clean images that are named at most.
     """
     names, detector = guard.class_names, guard.detector
     first = routed.logits.topk(min(2, routed.logits.shape[1]), dim=1).indices.tolist()
     sites, votes = _unusual(detector, routed, most), _votes(detector, routed, names)
     witness = [] if routed.witness is None else beliefs(routed.witness, names)
+    near = _near(guard, routed, most)
     return [
         Reasons(
             predicted=names[answers[0]],
@@ -113,6 +139,7 @@ def reasons(guard: Guard, routed: Routed, *, most: int = 5) -> list[Reasons]:
             sites=sites[row] if sites else (),
             votes=votes[row] if votes else (),
             witness=witness[row] if witness else None,
+            near=near[row] if near else Near(),
         )
         for row, answers in enumerate(first)
     ]
@@ -197,12 +224,22 @@ def _votes(
     return [tuple((site, next(said)) for site in view.layout.names) for _ in range(len(routed))]
 
 
+def _near(guard: Guard, routed: Routed, most: int) -> list[Near]:
+    """Return what is near to every run; nothing where the guard names no clean images."""
+    exemplars, nearness = guard.exemplars, guard.nearness
+    if exemplars is None or nearness is None:
+        return []
+    sketches, labels = nearness.sketch(routed.path), routed.predicted
+    clean = exemplars.nearest(sketches, most=most)
+    predicted = exemplars.nearest(sketches, most=most, labels=labels)
+    pathways, layout = exemplars.pathways, guard.router.layout
+    followed = [
+        None if pathways is None else follow_pathway(path, label, pathways, layout, most=most)
+        for path, label in zip(routed.path, labels.tolist(), strict=True)
+    ]
+    rows = zip(clean, predicted, followed, strict=True)
+    return [Near(*one, names=guard.class_names) for one in rows]
+
+
 def _bounded(values: Tensor) -> Tensor:
     return values.nan_to_num(0.0, FARTHEST, -FARTHEST).clamp(-FARTHEST, FARTHEST)
-
-
-def rounded(value: float) -> float:
-    """Return `value` to four significant digits, for people to read."""
-    if value == 0 or not math.isfinite(value):
-        return value
-    return round(value, DIGITS - 1 - math.floor(math.log10(abs(value))))

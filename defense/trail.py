@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated, Literal, TypeVar
+from typing import IO, Annotated, Literal, NotRequired, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -80,6 +80,7 @@ Verdicts = dict[Annotated[str, Field(pattern=rf"^({'|'.join(VERDICTS)})\z")], Co
 
 Belief = TypedDict("Belief", {"class": Text, "share": Number})
 Vote = TypedDict("Vote", {"site": Text, "class": Text, "share": Number})
+Neighbour = TypedDict("Neighbour", {"image": Text, "class": Text, "distance": Number})
 
 
 class _Channel(TypedDict):
@@ -93,14 +94,34 @@ class _Site(TypedDict):
     channels: list[_Channel]
 
 
+class _Strays(TypedDict):
+    site: Text
+    channels: list[int]
+
+
+class Pathway(TypedDict):
+    """`defense.exemplars.Pathway.as_json`."""
+
+    open: Number
+    own: Number
+    best: Belief
+    strays: list[_Strays]
+
+
 class Why(TypedDict):
-    """`defense.reasons.Reasons.as_json`; a key that came later than this version is left out."""
+    """`defense.reasons.Reasons.as_json`; a key that came later than this version is left out.
+
+    Lines of before name no clean images.
+    """
 
     predicted: Text
     runner_up: Text | None
     sites: list[_Site]
     votes: list[Vote]
     witness: Belief | None
+    nearest_clean: NotRequired[list[Neighbour]]
+    nearest_predicted: NotRequired[list[Neighbour]]
+    pathway: NotRequired[Pathway | None]
 
 
 class _Line(BaseModel):

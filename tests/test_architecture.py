@@ -36,7 +36,7 @@ ON_REQUEST = ("defense.attributions",)
 SERVERS = ("ts", "handlers")
 
 LAYERS = (
-    ("errors", "fingerprint", "threads"),
+    ("errors", "figures", "fingerprint", "threads"),
     ("types", "folders", "scripted", "exported"),
     ("graphs",),
     ("sites", "config", "state", "archive", "patience", "keys", "trail"),

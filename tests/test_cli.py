@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from defense.archive import read_archive
+from defense.artifact import load_guard
 from defense.offline.data import read_images
 from defense.offline.demo import digits as demo_digits
 from defense.offline.demo.digits import WITNESS, DigitFolders, pack_digits, train_witness
@@ -46,6 +48,40 @@ def test_a_guard_goes_from_fit_to_a_wrapped_archive_and_back(
 
     assert run("unwrap", wrapped, "--out", original)[0] == 0
     assert original.read_bytes() == archive.read_bytes()
+
+
+def test_clean_images_are_named_anew_and_nothing_is_decided_otherwise(
+    run: Run, archive: Path, digits: DigitFolders, guard: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(guard, tmp_path / "copied")
+    before = load_guard(copied)
+    words = ("exemplars", copied, "--archive", archive, "--data", digits.test, "--limit", 150)
+
+    code, _, said = run(*words)
+    after = load_guard(copied)
+
+    assert code == 0, said
+    assert before.exemplars is not None
+    assert after.exemplars is not None
+    assert f"{len(after.exemplars.images)} clean images are named in" in said
+    assert after.exemplars.images != before.exemplars.images
+    assert all((digits.test / image).is_file() for image in after.exemplars.images)
+    assert after.calibrations.keys() == before.calibrations.keys()
+    assert torch.equal(after.calibration.score, before.calibration.score)
+    assert after.facts == before.facts
+
+
+def test_images_of_other_classes_are_not_named(
+    run: Run, archive: Path, digits: DigitFolders, guard: Path, tmp_path: Path
+) -> None:
+    others = tmp_path / "others"
+    for name in ("cat", "dog"):
+        shutil.copytree(digits.test / "3", others / name)
+
+    code, _, said = run("exemplars", guard, "--archive", archive, "--data", others)
+
+    assert code == 1
+    assert "the guard has no class 'cat'; give images in folders" in said
 
 
 def test_inspect_prints_a_table_for_people(run: Run, guard: Path) -> None:
@@ -300,6 +336,7 @@ def test_a_training_writes_weights_and_their_card(
     [
         "demo",
         "fit",
+        "exemplars",
         "wrap",
         "unwrap",
         "serve",

@@ -107,6 +107,7 @@ def test_an_incident_is_shown_with_its_reasons(run: Run, trail: Path) -> None:
     for part in (
         "reject (mode enforce)", "0.0005 (targets: flag 0.01, reject 0.001)", "attack by ada",
         "cat, then dog", "dog (80%)", "layer2.relu#0", "17 (-6.1)",
+        "nearest clean paths", "dog/1.png", "nearest of that class", "1.73",
     ):  # fmt: skip
         assert part in printed
     assert (

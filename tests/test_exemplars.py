@@ -120,7 +120,7 @@ def test_a_mask_is_held_against_every_pathway_and_its_strays_are_named() -> None
     assert pathways is not None
     mask = torch.zeros(LAYOUT.length)
     mask[[0, 1, 16, 17, 18, 19]] = 1.0  # predicted 0, and opens the pathway of 1
-    found = follow_pathway(mask, 0, pathways, LAYOUT).as_json(("zero", "one"))
+    found = follow_pathway(mask, 0, pathways, LAYOUT, most=5).as_json(("zero", "one"))
     assert found == {
         "open": 0.3,
         "own": round(2 / 12, 4),
@@ -150,9 +150,12 @@ def test_a_guard_of_before_has_none(guard: Guard, tmp_path: Path) -> None:
     assert load_guard(tmp_path / "guard").exemplars is None
 
 
-def test_the_shipped_guard_still_loads_and_has_none() -> None:
-    shipped = Path(__file__).parents[1] / "model_store" / "cifar10-guard"
-    assert load_guard(shipped).exemplars is None
+def test_the_shipped_guard_names_clean_images_of_every_class() -> None:
+    shipped = load_guard(Path(__file__).parents[1] / "model_store" / "cifar10-guard")
+    assert shipped.exemplars is not None
+    assert shipped.exemplars.labels.bincount().tolist() == [PER_CLASS] * len(shipped.class_names)
+    for image, label in zip(shipped.exemplars.images, shipped.exemplars.labels, strict=True):
+        assert image.startswith(f"test/{shipped.class_names[int(label)]}/")
 
 
 def test_an_exemplar_is_nearest_to_itself(guard: Guard, trained: SmallNet, digits: Digits) -> None:

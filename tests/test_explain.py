@@ -102,11 +102,10 @@ def test_a_rejected_request_is_explained_in_full(
     assert len(found["reasons"]["sites"]) == 3
     assert len(found["influential"]) == 5
     assert found["influential"][0]["difference"] > 0
-    assert [n["distance"] for n in found["nearest_clean"]] == sorted(
-        n["distance"] for n in found["nearest_clean"]
-    )
-    assert {n["class"] for n in found["nearest_predicted"]} == {predicted}
-    assert found["pathway"] is None  # this guard's router knows none
+    near = found["reasons"]["nearest_clean"]
+    assert [n["distance"] for n in near] == sorted(n["distance"] for n in near)
+    assert {n["class"] for n in found["reasons"]["nearest_predicted"]} == {predicted}
+    assert found["reasons"]["pathway"] is None  # this guard's router knows none
     assert found["left_out"] == {}
     assert found["attribution"]["class"] == predicted
     assert results(counts) == {"given": 1}
@@ -202,13 +201,13 @@ def test_an_input_over_the_limit_gets_all_but_the_attribution(
     assert results(counts) == {"too_large": 1}
 
 
-def test_a_batch_that_has_spent_its_budget_gets_the_path_explanation_alone(
+def test_a_batch_that_has_spent_its_budget_gets_the_reasons_alone(
     gate: Gate, wanted: Explanations, counts: Counts, clean: Clean
 ) -> None:
     found = document(explain(gate, wanted, counts, png(clean(1)[0]), age=ENOUGH))
     assert (found["influential"], found["attribution"]) == ([], None)
     assert found["left_out"] == {"attribution": "out_of_time"}
-    assert found["nearest_clean"]
+    assert found["reasons"]["nearest_clean"]
     assert results(counts) == {"out_of_time": 1}
 
 
@@ -341,7 +340,8 @@ def test_a_guard_without_exemplars_says_so_with_empty_lists(
     with replace(guard, exemplars=None).attach(trained) as attached:
         gate = Gate(attached, ModelSettings(), counts.metrics)
         found = document(explain(gate, wanted, counts, png(clean(1)[0])))
-    assert (found["nearest_clean"], found["nearest_predicted"]) == ([], [])
+    why = found["reasons"]
+    assert (why["nearest_clean"], why["nearest_predicted"]) == ([], [])
     assert found["verdict"] == Verdict.ACCEPT.value
 
 
@@ -372,7 +372,7 @@ def test_a_guard_with_class_pathways_says_how_the_request_keeps_to_them(
     known = replace(guard, exemplars=replace(guard.exemplars, pathways=everything))
     with known.attach(trained) as attached:
         gate = Gate(attached, ModelSettings(), counts.metrics)
-        pathway = document(explain(gate, wanted, counts, png(clean(1)[0])))["pathway"]
+        pathway = document(explain(gate, wanted, counts, png(clean(1)[0])))["reasons"]["pathway"]
     assert pathway["open"] == pathway["own"] == pathway["best"]["share"]
     assert pathway["strays"] == []
 

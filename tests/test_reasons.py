@@ -11,7 +11,7 @@ import torch
 from defense.calibration import Calibration
 from defense.detectors import DETECTORS, Detector
 from defense.guard import Guard, InputSpec
-from defense.reasons import FARTHEST, Reasons, reasons, rounded
+from defense.reasons import FARTHEST, Reasons, reasons
 from defense.routers.activation import ActivationRouter
 from defense.types import Routed
 from tests.synthetic import CLASSES, LAYOUT, clean_looks, full_data, misled_looks
@@ -160,14 +160,6 @@ def test_one_class_has_no_runner_up() -> None:
 
 def test_no_run_has_no_reasons() -> None:
     assert reasons(guard("fused"), CLEAN.take(torch.arange(0))) == []
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0.0, 0.0), (1234567.0, 1235000.0), (-0.00123456, -0.001235), (1e-9, 1e-9)],
-)
-def test_numbers_are_written_to_four_significant_digits(value: float, expected: float) -> None:
-    assert rounded(value) == pytest.approx(expected)
 
 
 def test_the_classes_of_the_layers_are_those_of_the_guard() -> None:

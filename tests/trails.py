@@ -29,6 +29,9 @@ WHY = {
         {"site": "layer2.relu#0", "class": "cat", "share": 0.9},
     ],
     "witness": {"class": "dog", "share": 0.8},
+    "nearest_clean": [{"image": "dog/1.png", "class": "dog", "distance": 0.9}],
+    "nearest_predicted": [{"image": "cat/7.png", "class": "cat", "distance": 1.732}],
+    "pathway": None,
 }
 
 

@@ -174,6 +174,34 @@ def fit(
 
 
 @app.command()
+def exemplars(
+    guard: Annotated[Path, typer.Argument(help="A guard folder; it is written anew.")],
+    archive: Annotated[Path, typer.Option(help="The archive that it guards, unwrapped.")],
+    data: Data,
+    limit: Annotated[int, typer.Option(help="Choose among so many images at most.")] = 2000,
+    seed: Seed = 0,
+) -> None:
+    """Name clean images in a guard, so that an incident is shown beside those with the nearest paths.
+
+    A fit does that by itself; this is for guards of before, and for images that have moved. Scores,
+    p-values and verdicts stay as they are.
+
+    Example: `pathguard exemplars guard/ --archive model.mar --data images/`
+    """
+    from defense.artifact import load_guard, save_guard
+    from defense.offline.exemplars import name_exemplars
+    from defense.offline.progress import bar
+
+    fitted, images = load_guard(guard), _images(data, None).shuffled(seed, limit)
+    with _opened(archive) as served, bar(console, "Looking", len(images)) as progress:
+        named = name_exemplars(fitted, served, images, progress)
+    save_guard(named, guard)
+    assert named.exemplars is not None
+    console.print(f"{len(named.exemplars.images)} clean images are named in {guard}.")
+    advise(f"pathguard wrap {archive} --guard {guard} --out model_store/{archive.name}")
+
+
+@app.command()
 def wrap(
     archive: ArchiveFile,
     guard: Annotated[Path, typer.Option(help="A guard folder.")],

@@ -358,3 +358,12 @@ def _tables(incident: Incident) -> Iterator[Table]:
         for vote in why["votes"]:
             table.add_row(*_cells(vote["site"], vote["class"], f"{vote['share']:.0%}"))
         yield table
+    for title, near in (
+        ("nearest clean paths", why.get("nearest_clean")),
+        ("nearest of that class", why.get("nearest_predicted")),
+    ):
+        if near:
+            table = Table(title, "class", "distance", box=None)
+            for one in near:
+                table.add_row(*_cells(one["image"], one["class"], f"{one['distance']:.2f}"))
+            yield table

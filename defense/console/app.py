@@ -134,6 +134,7 @@ class _Pages:
             picture=self._shown(case),
             attribution=self._attribution(case, request.query_params.get("method", "")),
             examples=self._examples(case),
+            numbers=self._desk.numbers,
         )
 
     def picture(self, request: Request) -> Response:
@@ -209,6 +210,7 @@ class _Pages:
         """Compute what was asked for, or say why there is nothing to ask for."""
         lens = self._desk.settings.lens
         found: dict[str, Any] = {"shown": None, "methods": (), "method": method, "why": None}
+        found |= {"label": case.predicted or "the answer", "neurons": ()}
         if lens is None:
             return found | {"why": "For attributions start the console with --archive."}
         if case.incident.payload is None:
@@ -222,11 +224,7 @@ class _Pages:
         except PathGuardError as error:
             return found | {"why": sentence(str(error))}
         shown = f"/incidents/{case.incident.id}/{method}.png"
-        return found | {
-            "shown": shown,
-            "signed": seen.signed,
-            "label": case.predicted or "the answer",
-        }
+        return found | {"shown": shown, "signed": seen.signed, "neurons": seen.neurons}
 
     def _examples(self, case: Case) -> dict[str, Any]:
         if self._desk.settings.examples is None:

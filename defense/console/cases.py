@@ -44,6 +44,15 @@ class SiteBar:
 
 
 @dataclass(frozen=True)
+class NearPicture:
+    """A clean image whose path is near, by the name that the guard has for it."""
+
+    image: str
+    label: str
+    distance: float
+
+
+@dataclass(frozen=True)
 class Case:
     """An incident with the call that counts, if there is one, and what is said about it."""
 
@@ -142,6 +151,33 @@ class Case:
             SiteBar(s["site"], s["deviation"], max(0.0, s["deviation"] / full), s["channels"])
             for s in found
         ]
+
+    @property
+    def near(self) -> list[tuple[str, list[NearPicture]]]:
+        """The clean images with the nearest paths, of any class and of the answer, where known."""
+        titles = {"nearest_clean": "of any class", "nearest_predicted": "of the answer"}
+        found = [(title, self._reasons.get(key) or ()) for key, title in titles.items()]
+        return [
+            (title, [NearPicture(n["image"], n["class"], n["distance"]) for n in near])
+            for title, near in found
+            if near
+        ]
+
+    @property
+    def pathway(self) -> str | None:
+        """Say how the request keeps to the pathways of classes, where its guard knows any."""
+        found = self._reasons.get("pathway")
+        if found is None:
+            return None
+        best = found["best"]
+        strays = ", ".join(
+            f"{plain(one['site'])} ({len(one['channels'])})" for one in found["strays"]
+        )
+        return (
+            f"It opens {percent(found['open'])} of the channels, overlaps the pathway of the answer "
+            f"by {percent(found['own'])} and most that of {plain(best['class'])} "
+            f"({percent(best['share'])})." + (f" Strays lie at {strays}." if strays else "")
+        )
 
     @property
     def facts(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What in a picture spoke for its class: attributions on demand, one at a time, within a budget."""
+"""What an answer rests on, in picture and network: on demand, one at a time, within a budget."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from concurrent.futures import TimeoutError as Overdue
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from defense.config import Limits
 from defense.console.pictures import heat_map, opening
-from defense.errors import ConfigError, DataError, nearest
+from defense.errors import ConfigError, DataError, SiteError, nearest
 from defense.fingerprint import fingerprint
+from defense.influence import Influence, influential
 from defense.offline.collect import Served, backbone_inputs
-from defense.sites import device_of, first_tensor
+from defense.sites import device_of, discover_sites, first_tensor
+from defense.types import PathLayout
 
 KEPT = 64
 """Attributions that are kept for the browser to ask for."""
@@ -23,10 +26,14 @@ KEPT = 64
 
 @dataclass(frozen=True)
 class Seen:
-    """An attribution as a picture. signed: it says what spoke against the class as well."""
+    """An attribution as a picture, and the neurons without which the answer's logit falls most.
+
+    signed: it says what spoke against the class as well. neurons: empty where none can be set to zero.
+    """
 
     png: bytes
     signed: bool
+    neurons: tuple[Influence, ...] = ()
 
 
 class Lens:
@@ -107,14 +114,23 @@ class Lens:
         from defense.attributions import attribute, heatmap
 
         model = self._served.backbone
-        try:
-            with opening(self._limits):
+        with opening(payload, self._limits):
+            try:
                 inputs = backbone_inputs(self._served, [payload])[:1].to(device_of(model))
-        except Exception as error:
-            raise DataError("the archive's handler cannot read this payload") from error
+            except Exception as error:
+                raise DataError("the archive's handler cannot read this payload") from error
         with torch.inference_mode():
             logits = first_tensor(model(inputs))
         if inputs.dim() != 4 or logits is None:
             raise DataError("the network in this archive takes no images, so nothing can be drawn")
         values = heatmap(attribute(method, model, inputs, logits.argmax(1)))[0].cpu()
-        return Seen(heat_map(values, inputs[0].cpu()), bool((values < 0).any()))
+        picture = heat_map(values, inputs[0].cpu())
+        return Seen(picture, bool((values < 0).any()), self._neurons(inputs, int(logits.argmax())))
+
+    def _neurons(self, inputs: Tensor, label: int) -> tuple[Influence, ...]:
+        model = self._served.backbone
+        try:
+            layout = PathLayout(discover_sites(model, inputs), ("mean",))
+            return influential(model, layout, inputs, label)
+        except SiteError:  # parts of a graph cannot be set to zero
+            return ()

@@ -24,10 +24,17 @@ _PILLOW = threading.Lock()
 
 
 @contextmanager
-def opening(limits: Limits) -> Iterator[None]:
-    """Let Pillow open what a server with these limits would, whoever asks it to; one at a time."""
+def opening(payload: bytes, limits: Limits) -> Iterator[bytes]:
+    """Return a payload's bytes where a server with these limits would open them; one at a time.
+
+    Inside, Pillow opens what that server's would, whoever asks it to. DataError says why it would not.
+    """
+    raw = as_bytes(payload)
+    assert raw is not None
     with _PILLOW, opening_only(limits.formats):
-        yield
+        if reason := over_limits(raw, limits):
+            raise DataError(f"the payload cannot be shown: {reason.replace('_', ' ')}")
+        yield raw
 
 
 def as_png(payload: bytes, limits: Limits) -> bytes:
@@ -35,11 +42,7 @@ def as_png(payload: bytes, limits: Limits) -> bytes:
 
     DataError says why it cannot be shown.
     """
-    raw = as_bytes(payload)
-    assert raw is not None
-    with opening(limits):
-        if reason := over_limits(raw, limits):
-            raise DataError(f"the payload cannot be shown: {reason.replace('_', ' ')}")
+    with opening(payload, limits) as raw:
         try:
             with Image.open(io.BytesIO(raw)) as image:
                 pixels = image.convert("RGB")

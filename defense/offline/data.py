@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,8 @@ from zipfile import BadZipFile, ZipFile
 from defense.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+PORTION = 256
+"""Files that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class ImageSet:
             return [self.payload(index) for index in indices]
         with ZipFile(self.root) as archive:
             return [archive.read(self.names[index]) for index in indices]
+
+    def stream(self, indices: Sequence[int] | None = None) -> Iterator[bytes]:
+        """Return the bytes of the given images, or of all, of which few are held at a time."""
+        rows = range(len(self)) if indices is None else indices
+        for start in range(0, len(rows), PORTION):
+            yield from self.payloads(rows[start : start + PORTION])
 
     def take(self, indices: Sequence[int]) -> ImageSet:
         """Return the given images, in that order."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from defense.backbone import GatedBackbone
+from defense.errors import DataError
 from defense.exemplars import Exemplars
+from defense.guard import Guard, check_backbone
 from defense.memory import Nearness
+from defense.offline.collect import Served, collect
+from defense.offline.data import ImageSet
 from defense.offline.pathways import class_pathways
+from defense.offline.progress import Progress
 from defense.routers import ForwardRouter
 from defense.routers.generative import GenerativeRouter
 from defense.types import Routed
@@ -43,3 +50,31 @@ def choose_exemplars(
         images=tuple(images[row] for row in rows.tolist()),
         pathways=pathways,
     )
+
+
+def name_exemplars(guard: Guard, served: Served, images: ImageSet, progress: Progress) -> Guard:
+    """Return `guard` with exemplars chosen among `images`; what it scores and decides stays.
+
+    For guards that were fitted before guards kept any, or to images that are gone. The images are
+    taken as they come: shuffle them. ArtifactError for another network than the guard's, DataError
+    where folders are not called as its classes.
+    """
+    check_backbone(guard, served.backbone)
+    if guard.nearness is None:
+        raise DataError(
+            "this guard was fitted before guards could tell how near two paths are; fit it again"
+        )
+    unknown = [name for name in images.class_names if name not in guard.class_names]
+    if unknown:
+        raise DataError(
+            f"the guard has no class '{unknown[0]}'; give images in folders that are called as its "
+            f"classes: {', '.join(guard.class_names)}"
+        )
+    with GatedBackbone(served.backbone, guard.router) as gated:
+        clean = collect(served, gated, images.stream(), progress, views=guard.inputs.views)
+    labels = clean.predicted
+    if images.labels is not None:
+        index = torch.tensor([guard.class_names.index(name) for name in images.class_names])
+        labels = index[torch.tensor(images.labels)]
+    chosen = choose_exemplars(clean, labels, images.names, guard.nearness, guard.router)
+    return replace(guard, exemplars=chosen)

@@ -162,15 +162,17 @@ def fit_archive(
         )
     )
     with GatedBackbone(served.backbone, router) as gated:
-        clean = collect(served, gated, _stream(images, fit_rows), progress, views=spec.views)
+        clean = collect(served, gated, images.stream(fit_rows.tolist()), progress, views=spec.views)
         labelling = label_rows(images, fit_rows, clean)
         space = pixel_space(served, examples[0])
         sample = backbone_inputs(served, images.payloads(fit_rows[:SAMPLE].tolist()))
         extras = _extras(served.backbone, sample, options, witness, space, labelling.names)
         if extras.look != "path":
-            clean = collect(served, gated, _stream(images, fit_rows), progress, extras, spec.views)
+            clean = collect(
+                served, gated, images.stream(fit_rows.tolist()), progress, extras, spec.views
+            )
         calibration = collect(
-            served, gated, _stream(images, calibration_rows), progress, extras, spec.views
+            served, gated, images.stream(calibration_rows.tolist()), progress, extras, spec.views
         )
         data, facts = FitData(clean, labelling.labels), labelling.facts
         if options.kind.attacks != "ignored":
@@ -399,11 +401,6 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("pathguard", "torch", "torchserve")
     return {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
-
-
-def _stream(images: ImageSet, rows: Tensor) -> Iterable[bytes]:
-    for part in rows.split(256):
-        yield from images.payloads(part.tolist())
 
 
 def _stack(batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defense import attributions
 from defense.config import Limits
 from defense.console.lens import Lens
-from defense.errors import ConfigError, DataError
+from defense.errors import ConfigError, DataError, SiteError
 from defense.fingerprint import fingerprint
 from tests.conftest import Digits
 from tests.console.trails import name_of
@@ -64,6 +64,35 @@ def test_another_network_explains_nothing(trained: SmallNet, sent: bytes, other:
 def test_a_payload_that_the_handler_cannot_read_says_so(trained: SmallNet, network: str) -> None:
     with pytest.raises(DataError, match="the archive's handler cannot read this payload"):
         make_lens(trained).look(FIRST, b"junk", "saliency", network)
+
+
+def test_a_payload_that_the_server_would_not_open_is_not_shown_to_the_handler(
+    trained: SmallNet, network: str, sent: bytes
+) -> None:
+    strict = Lens(PngHandler(trained), Limits(max_pixels=10), budget=60)
+
+    with pytest.raises(DataError, match="the payload cannot be shown: too many pixels"):
+        strict.look(FIRST, sent, "saliency", network)
+
+
+def test_the_neurons_that_the_answer_rests_on_come_with_it(
+    trained: SmallNet, network: str, sent: bytes
+) -> None:
+    found = make_lens(trained).look(FIRST, sent, "saliency", network).neurons
+
+    assert len(found) == 5
+    assert found[0].difference == max(one.difference for one in found) > 0
+
+
+def test_a_network_that_cannot_be_taken_apart_names_no_neurons(
+    trained: SmallNet, network: str, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise SiteError("its parts cannot be reached")
+
+    monkeypatch.setattr("defense.console.lens.influential", closed)
+
+    assert make_lens(trained).look(FIRST, sent, "saliency", network).neurons == ()
 
 
 def test_a_network_without_images_has_nothing_to_draw(sent: bytes) -> None:

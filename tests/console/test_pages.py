@@ -20,6 +20,7 @@ from defense.offline.data import read_images
 from defense.trail import CALLS_FILE, Incident, read_trail
 from tests.conftest import Digits
 from tests.console.trails import (
+    NEAR,
     NOW,
     REASONS,
     Running,
@@ -371,6 +372,28 @@ def test_clean_pictures_of_the_answer_and_of_what_speaks_against_it_are_shown(
     assert "No class of the clean pictures" in page(console, f"/incidents/{name_of(2)}")
 
 
+def test_the_clean_pictures_with_the_nearest_paths_are_shown_or_named(
+    folder: Path, stack: ExitStack, tmp_path: Path
+) -> None:
+    for name in ("cat/0.png", "dog/3.png"):
+        target = tmp_path / "images" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(picture())
+    write_trail(folder, [incident(1, reasons=REASONS | NEAR), incident(2)])
+    over = desk(folder, examples=read_images(tmp_path / "images"))
+    console = stack.enter_context(running(over))
+
+    shown = page(console, f"/incidents/{name_of(1)}")
+    near = shown.partition("Clean pictures with the nearest paths")[2].partition("</section>")[0]
+
+    assert near.count("<img") == 2
+    assert '<figcaption class="text">dog 0.91</figcaption>' in near
+    assert "elsewhere/9.png: dog 1.10" in near
+    assert "overlaps the pathway of the answer by 22% and most that of dog (77%)." in shown
+    assert "Strays lie at layer2.0.relu (2)." in shown
+    assert "nearest paths" not in page(console, f"/incidents/{name_of(2)}")
+
+
 def test_what_the_desk_has_not_got_it_says(folder: Path) -> None:
     over = desk(write_trail(folder, [incident(1), incident(2, payload=f"{name_of(2)}.bin")]))
 
@@ -400,6 +423,9 @@ def test_an_attribution_is_computed_when_it_is_asked_for(
     shown = page(console, f"{path}?method=saliency")
     assert f'src="{path}/saliency.png"' in shown
     assert "orange\nmattered for" in shown
+    neurons = shown.partition("What the answer rests on")[2].partition("</table>")[0]
+    assert neurons.count('<th scope="row"') == 5
+    assert "What the answer rests on" not in page(console, path)
     assert console.client.get(f"{path}/saliency.png").content.startswith(b"\x89PNG")
     assert "No attribution method &#39;salency&#39;" in page(console, f"{path}?method=salency")
     assert "Another network" in page(console, f"/incidents/{name_of(2)}?method=saliency")

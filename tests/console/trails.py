@@ -41,6 +41,20 @@ REASONS: dict[str, Any] = {
     ],
     "witness": {"class": "dog", "share": 0.84},
 }
+NEAR: dict[str, Any] = {
+    "nearest_clean": [
+        {"image": "dog/3.png", "class": "dog", "distance": 0.912},
+        {"image": "elsewhere/9.png", "class": "dog", "distance": 1.1},
+    ],
+    "nearest_predicted": [{"image": "cat/0.png", "class": "cat", "distance": 1.734}],
+    "pathway": {
+        "open": 0.31,
+        "own": 0.22,
+        "best": {"class": "dog", "share": 0.77},
+        "strays": [{"site": "layer2.0.relu", "channels": [4, 9]}],
+    },
+}
+"""What lines say beside `REASONS` where the guard names clean images, and knows class pathways."""
 
 
 def name_of(number: int) -> str:

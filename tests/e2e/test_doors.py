@@ -119,7 +119,7 @@ def test_every_door_to_explanations_tells_the_holder_of_the_key_about_any_reques
         assert found["reasons"]["sites"][0]["channels"]
         assert len(found["reasons"]["votes"]) > 3
         assert found["reasons"]["witness"] is not None
-        assert len(found["nearest_clean"]) == 5
+        assert len(found["reasons"]["nearest_clean"]) == 5
         assert len(found["influential"]) == 5
         assert found["attribution"]["method"] == "saliency"
         assert base64.b64decode(found["attribution"]["heat_map"]).startswith(b"\x89PNG")

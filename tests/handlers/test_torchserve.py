@@ -433,7 +433,7 @@ def test_the_holder_of_the_key_gets_an_explanation_of_a_rejected_request(
         assert headers == [{"content-type": "application/json"}]
         assert found["verdict"] == "reject"
         assert found["reasons"]["predicted"] == found["attribution"]["class"]
-        assert found["nearest_clean"][0]["image"].endswith(".png")
+        assert found["reasons"]["nearest_clean"][0]["image"].endswith(".png")
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 

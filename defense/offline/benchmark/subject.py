@@ -36,7 +36,7 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """A served network with its images. pixels: (N, C, H, W) uint8; predicted: (N,).
+    """A served network with its images. names: N; pixels: (N, C, H, W) uint8; predicted: (N,).
 
     model: the backbone as a function of pixels in [0, 1]. gated: the same with its sites observed.
     store keeps runs, `images_kept` attacked images, which know nothing of witness and echo.
@@ -49,6 +49,7 @@ class Subject:
     router: ForwardRouter
     extras: Extras
     spec: InputSpec
+    names: tuple[str, ...]
     pixels: Tensor
     predicted: Tensor
     labelling: Labelling
@@ -156,6 +157,7 @@ def open_subject(
             router=router,
             extras=Extras(),
             spec=input_spec(served, payloads[:EXAMPLES]),
+            names=images.names,
             pixels=pixels,
             predicted=torch.empty(0),
             labelling=Labelling(torch.empty(0), (), {}),

@@ -79,6 +79,7 @@ def make_guard(material: Material, seed: int) -> Guard:
         FitOptions(detector="fused", seed=seed),
         subject.labelling.facts | {"attacks": list(material.open.assaults)},
         subject.extras,
+        images=[subject.names[row] for row in torch.cat([split.views, split.fit]).tolist()],
     )
 
 
