@@ -54,8 +54,10 @@ def test_clean_images_are_named_anew_and_nothing_is_decided_otherwise(
     run: Run, archive: Path, digits: DigitFolders, guard: Path, tmp_path: Path
 ) -> None:
     copied = shutil.copytree(guard, tmp_path / "copied")
+    (tmp_path / "model_store").mkdir()
+    served = Path(shutil.copy(archive, tmp_path / "model_store"))
     before = load_guard(copied)
-    words = ("exemplars", copied, "--archive", archive, "--data", digits.test, "--limit", 150)
+    words = ("exemplars", copied, "--archive", served, "--data", digits.test, "--limit", 150)
 
     code, _, said = run(*words)
     after = load_guard(copied)
@@ -64,6 +66,7 @@ def test_clean_images_are_named_anew_and_nothing_is_decided_otherwise(
     assert before.exemplars is not None
     assert after.exemplars is not None
     assert f"{len(after.exemplars.images)} clean images are named in" in said
+    assert "--out model_store/digits-guarded.mar" in said  # and not over the original
     assert after.exemplars.images != before.exemplars.images
     assert all((digits.test / image).is_file() for image in after.exemplars.images)
     assert after.calibrations.keys() == before.calibrations.keys()

@@ -170,7 +170,7 @@ def fit(
         f"(smallest target rate {facts['smallest_target_fpr']:.2g}), labels: {facts['labels']}"
         + (f" ({facts['note']})." if "note" in facts else ".")
     )
-    advise(f"pathguard wrap {archive} --guard {out} --out model_store/{archive.name}")
+    advise(f"pathguard wrap {archive} --guard {out} --out {_guarded(archive)}")
 
 
 @app.command()
@@ -198,7 +198,7 @@ def exemplars(
     save_guard(named, guard)
     assert named.exemplars is not None
     console.print(f"{len(named.exemplars.images)} clean images are named in {guard}.")
-    advise(f"pathguard wrap {archive} --guard {guard} --out model_store/{archive.name}")
+    advise(f"pathguard wrap {archive} --guard {guard} --out {_guarded(archive)}")
 
 
 @app.command()
@@ -465,6 +465,14 @@ def _opened(archive: Path) -> Iterator[Any]:
         open_archive(archive.absolute(), Path(folder)) as served,
     ):
         yield served
+
+
+def _guarded(archive: Path) -> Path:
+    """Return where a guarded archive may go: its server's folder, and never over the original."""
+    store = Path("model_store")
+    if archive.absolute().parent != store.absolute():
+        return store / archive.name
+    return store / f"{archive.stem}-guarded{archive.suffix}"
 
 
 def _extras(facts: dict[str, Any]) -> str:
