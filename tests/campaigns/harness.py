@@ -33,11 +33,12 @@ MODEL = "guarded"
 
 @dataclass(frozen=True)
 class Guarded:
-    """A running server with one guarded model."""
+    """A running server with one guarded model. trail: the folder of its audit trail, where kept."""
 
     server: TorchServe
     config: Path
     metrics_port: int
+    trail: Path
     model: str = MODEL
 
     @property
@@ -103,26 +104,29 @@ def serving(
     archive: Path,
     *,
     defaults: Mapping[str, Any] | None = None,
+    audit: Mapping[str, Any] | None = None,
     workers: int = 1,
     queue: int = 100,
     **model: int,
 ) -> Iterator[Guarded]:
     """Serve a guarded archive until the block ends, on free ports and with `defaults` in guard.yaml.
 
-    `queue` is how many requests may wait; `model` holds further settings of a `ServedModel`, such
-    as `batch_size`.
+    `audit` holds settings of an audit trail, None for none; `queue` is how many requests may wait;
+    `model` holds further settings of a `ServedModel`, such as `batch_size`.
     """
     port = free_port()
     with TemporaryDirectory() as folder:
-        config = Path(folder) / "guard.yaml"
+        config, trail = Path(folder) / "guard.yaml", Path(folder) / "trail"
         document = {"version": 1, "defaults": dict(defaults or {}), "metrics": {"port": port}}
+        if audit is not None:
+            document["audit"] = {"folder": str(trail), **audit}
         config.write_text(yaml.safe_dump(document))
         served = ServedModel(MODEL, archive, workers=workers, **model)
         settings = on_free_ports(
             ServerSettings(models=(served,), guard_config=config, job_queue_size=queue)
         )
         with TorchServe(settings) as server:
-            yield Guarded(server, config, port)
+            yield Guarded(server, config, port, trail)
 
 
 @contextmanager

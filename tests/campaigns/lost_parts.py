@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep, time
+from typing import Any
 
 import psutil
 
@@ -191,7 +192,7 @@ def _step(on: Scene, server: Guarded, clock: Path, seconds: int) -> Seen:
 @contextmanager
 def _another(on: Scene, **model: int) -> Iterator[Guarded]:
     """Run one more server, with one worker."""
-    own = {"batch_size": len(on.images), "max_batch_delay_ms": 200} | model
+    own: dict[str, Any] = {"batch_size": len(on.images), "max_batch_delay_ms": 200} | model
     with serving(on.archive, defaults=CALM, **own) as server:
         yield server
 

@@ -1,5 +1,7 @@
 """A long run at saturation with mixed traffic: does every count agree, and does nothing grow?
 
+The audit trail is on, and its lines are one of the counts.
+
 python -m tests.campaigns.soak            # writes benchmarks/soak.json and soak.md
 """
 
@@ -21,6 +23,7 @@ import typer
 from rich.console import Console
 
 from defense.offline.progress import Progress, bar
+from defense.trail import read_trail
 from tests.campaigns.harness import Counts, Guarded, about, serving, write_results
 from tests.campaigns.traffic import (
     BLOCK,
@@ -33,7 +36,7 @@ from tests.campaigns.traffic import (
     Load,
     digits_archive,
 )
-from tests.e2e.requests import scrape
+from tests.e2e.requests import scrape, total
 
 WORKERS, QUEUE, BATCH, DELAY_MS = 2, 32, 8, 2
 PARTS = 10
@@ -47,6 +50,10 @@ DEFAULTS = {
     "reject": {"target_fpr": 0.01},
     "limits": {"max_bytes": MAX_BYTES},
 }
+AUDIT = {"max_mib": 1024}
+"""Enough that no line is rotated away before it is counted."""
+WRITING_SECONDS = 60
+"""What the thread that writes the trail may take for what is left at the end."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,17 @@ def torchserve_counts(guarded: Guarded) -> Counter[str]:
     return found
 
 
+def trail_lines(guarded: Guarded, expected: int) -> int:
+    """Return the incidents in the trail and those that were counted as lost, when all are written."""
+    deadline = time.monotonic() + WRITING_SECONDS
+    while True:
+        lost = int(total(guarded.metrics_url, "pathguard_audit_total", result="lost"))
+        found = len(read_trail(guarded.trail).incidents) + lost
+        if found >= expected or time.monotonic() > deadline:
+            return found
+        time.sleep(1)
+
+
 def reconcile(load: Load, guard: Counts, server: Counter[str]) -> list[Check]:
     """Hold what the clients saw against what the guard and the server counted."""
     done = load.done
@@ -205,6 +223,7 @@ def soak(
     with serving(
         archive,
         defaults=DEFAULTS,
+        audit=AUDIT,
         workers=WORKERS,
         queue=QUEUE,
         batch_size=BATCH,
@@ -222,6 +241,9 @@ def soak(
             server = torchserve_counts(guarded) - server
             server["Requests2XX_total"] -= 1  # the first look at these counters counts itself
         same = guarded.workers() == workers
+        checks = reconcile(load, guard, server)
+        incidents = sum(one.verdict not in ("", "accept") for one in load.done)
+        checks.append(Check("audit trail: lines", incidents, trail_lines(guarded, incidents)))
     statuses = Counter(
         f"{one.status} {one.verdict or ('overload' if one.overload else one.kind)}"
         for one in load.done
@@ -231,7 +253,7 @@ def soak(
         round(seconds, 1),
         dict(sorted(statuses.items())),
         dict(load.lost),
-        reconcile(load, guard, server),
+        checks,
         same,
         parts(load.done, samples, workers),
     )
@@ -284,7 +306,7 @@ def page(found: Soak, seed: int) -> str:
             "",
             f"Written by `{COMMAND} --requests {found.requests} --seed {seed}` (`make soak`):",
             f"{found.requests:,} requests in {found.seconds:g} s to the demo's guarded network with",
-            f"{WORKERS} workers and room for {QUEUE} waiting requests. {mix}.",
+            f"{WORKERS} workers, room for {QUEUE} waiting requests and an audit trail. {mix}.",
             f"{CALM} clients are always at work; of every {BLOCK} requests {BURST_LENGTH} are a burst",
             f"of {BURST} clients at once. Clients, server and workers share the machine.",
             "",
