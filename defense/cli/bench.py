@@ -177,13 +177,21 @@ def measure_cell(prepared: Prepared, batch: int, rounds: int, console: Console) 
         "command": words,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {
-            "processor": platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.is_available(),
         },
         "versions": versions(),
     }
+
+
+def processor() -> str:
+    """Name the processor's kind and what it has for half precision, which decides about `optimize`."""
+    cpuinfo = Path("/proc/cpuinfo")
+    known = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    found = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in known]
+    return " ".join([platform.machine(), *found])
 
 
 def _measure_library(
@@ -242,7 +250,7 @@ def _measure_http(
     images = prepared.images[:SENT]
     _check_answers(server, images)
     names = [*STOCK, *prepared.subject.kinds]
-    requests = max(prepared.subject.requests, batch)
+    requests = max(prepared.subject.requests, CLIENTS_PER_ROW * batch)
     seen: dict[str, Seen] = {name: Counter() for name in names}
     for name in names:
         _load(server, name, images, batch, requests, seen[name])

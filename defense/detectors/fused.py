@@ -234,7 +234,9 @@ def agreement(steps: Tensor | None, routed: Routed) -> Tensor:
 def certainty(logits: Tensor) -> Tensor:
     """(N, K) -> (N, 5): log-probabilities of the three first classes, of all but the first; scale."""
     ordered = logits.log_softmax(dim=1).sort(dim=1, descending=True).values
-    first = torch.nn.functional.pad(ordered, (0, 1), value=LOWEST)[:, :3]
+    first = ordered[:, :3]
+    if first.shape[1] < 3:
+        first = torch.nn.functional.pad(first, (0, 1), value=LOWEST)
     doubt = ordered[:, 1:].logsumexp(dim=1, keepdim=True)
     return torch.cat([floored(first), floored(doubt), logits.logsumexp(dim=1, keepdim=True)], dim=1)
 

@@ -28,9 +28,10 @@ SETTINGS = {"flag": {"score": 1e9}, "reject": {"score": 1e9}}
 class Subject:
     """A network to be priced.
 
-    kinds: guarded servings by name, with the settings of each. requests: sent to a kind in a round.
-    budgeted: whether the budgets of serving are meant for it. card: of a network that has weights;
-    else they are drawn at random, for what a network costs does not depend on what it learnt.
+    kinds: guarded servings by name, with the settings of each. requests: sent to a kind in a round;
+    more where they would not fill two batches. budgeted: whether the budgets of serving are meant for
+    it. card: of a network that has weights; else they are drawn at random, for what a network costs
+    does not depend on what it learnt.
     """
 
     name: str
