@@ -23,7 +23,7 @@ from defense.offline.data import ImageSet
 from defense.offline.hardening import withstand as measures
 from defense.offline.hardening.detection import detection, prepare
 from defense.offline.hardening.recipe import Recipe
-from defense.offline.hardening.table import read_rows, render, write_rows
+from defense.offline.hardening.table import by_descent, read_rows, render, write_rows
 from defense.offline.hardening.withstand import Trial, autoattack, pgd_50, withstand
 from defense.offline.methods import METHODS
 from defense.offline.methods.consistent import ConsistentObjective
@@ -273,6 +273,7 @@ def row(name: str, clean: float = 0.9, **changed: Any) -> dict[str, Any]:
         "beside": None,
         "made_by": "plain",
         "weights": f"digest of {name}",
+        "started_from": None,
         "witness": None,
         "fingerprint": "f00",
         "network": {
@@ -307,6 +308,17 @@ def test_a_row_takes_the_place_of_the_older_one_of_the_same_network(tmp_path: Pa
         ("one", "witness", 0.7),
     ]
     assert (tmp_path / "hardening.md").read_text() == render(rows)
+
+
+def test_below_a_network_stands_what_was_made_of_it_whenever_it_was_measured() -> None:
+    child = row("child", started_from="digest of one")
+    grandchild = row("grandchild", started_from="digest of child", role="witness", beside="one")
+    lost = row("lost", started_from="digest of nobody")
+    rows = [child, row("two"), grandchild, row("one"), lost]
+
+    assert [one["name"] for one in by_descent(rows)] == [
+        *("two", "one", "child", "grandchild", "lost"),
+    ]
 
 
 def test_the_page_shows_every_figure_and_a_dash_for_what_was_not_measured() -> None:

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 KEY = ("weights", "role", "beside")
 """What makes two rows the same row: the later one replaces the other."""
 SPELT = {"pgd50": "PGD-50", "autoattack": "AutoAttack"}
-NOTES = """Rows below a network are what was made of it. All measures are of test images that the
+NOTES = """Below a network stands what was made of it. All measures are of test images that the
 benchmark does not keep sealed, in brackets with 95 % intervals over images. PGD-50: right after 50
 steps up the cross-entropy, in the ball of that radius. AutoAttack: right after these and after
 AutoAttack's four, tried on what PGD-50 had left (torchattacks' APGD and targeted APGD of 20 steps,
@@ -57,6 +57,7 @@ def write_rows(folder: Path, measured: Sequence[Row]) -> None:
 
 def render(rows: Sequence[Row]) -> str:
     """Return the page of `rows`: one table, the guard attack by attack, and where all comes from."""
+    rows = by_descent(rows)
     radii = list(dict.fromkeys(name for row in rows for name in row["network"]["robust"]))
     head = [
         *("network", "role", "made by", "clean"),
@@ -76,6 +77,19 @@ def render(rows: Sequence[Row]) -> str:
         "\n".join(_origin(row) for row in rows),
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def by_descent(rows: Sequence[Row]) -> list[Row]:
+    """Return rows with those of every network behind those of the network that it was made of."""
+    known = {row["weights"] for row in rows}
+
+    def family(row: Row) -> list[Row]:
+        made = [one for one in rows if one["started_from"] == row["weights"]]
+        return [row, *(kin for one in made for kin in family(one))]
+
+    found = [kin for row in rows if row["started_from"] not in known for kin in family(row)]
+    # A network that was measured in two roles would bring its descendants twice.
+    return list({_key(row): row for row in found}.values())
 
 
 def _line(row: Row, radii: Sequence[str]) -> list[str]:
