@@ -127,6 +127,7 @@ def measure(card: Path, request: HardenRequest, console: Console) -> Row:
         "guard_seeds": list(SEEDS),
         "detection": guard,
         "seed": request.seed,
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "command": request.command,
     }

@@ -292,6 +292,7 @@ def row(name: str, clean: float = 0.9, **changed: Any) -> dict[str, Any]:
             }
         },
         "seed": 0,
+        "threads": 2,
         "versions": {"torch": "2"},
         "command": "pathguard harden",
     } | changed

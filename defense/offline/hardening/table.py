@@ -139,6 +139,7 @@ def _origin(row: Row) -> str:
     facts = {
         "images": f"{row['network']['n']} attacked, for the guard {row['guard_images']} at most",
         "seed": f"{row['seed']}, of the guard {', '.join(map(str, row['guard_seeds']))}",
+        "threads": row["threads"],
         "versions": versions,
         "SHA-256 of the weights": row["weights"],
         "SHA-256 of the witness's": row["witness"],
