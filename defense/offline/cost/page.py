@@ -35,6 +35,8 @@ Tried, and dropped: means on one thread, which busy machines like and idle ones 
 * Every operation that two threads share waits until both have a core. Where other programs take the \
 cores, each waits up to a scheduler's turn (8 ms here), in the network as in the guard. Scoring stays \
 on one thread for that reason.
+* What `optimize: true` gains depends on the processor. Where that multiplies bfloat16 by itself \
+(avx512_bf16 or amx_bf16, named below) this form is chosen, elsewhere folded float32, channels-last.
 """
 SHARES = {
     "forward": "forward pass",
