@@ -65,6 +65,16 @@ def images(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def spied(quick: Quick, taken: list[int]) -> Quick:
+    """Return a form that notes how many rows it is given."""
+
+    def graph(inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        taken.append(len(inputs))
+        return quick.graph(inputs)
+
+    return Quick(quick.form, graph)
+
+
 def attached(net: nn.Module) -> GatedBackbone:
     layout = PathLayout(discover_sites(net, EXAMPLE), ("mean", "max"))
     return GatedBackbone(net, ActivationRouter(layout))
@@ -230,6 +240,28 @@ def test_where_no_form_is_faster_the_model_stays_as_it_was(
     assert "forward" not in vars(backbone.model)
     (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert said == "optimize: the model runs as it was, for no other form is faster and alike"
+
+
+def test_a_single_request_goes_the_old_way_where_the_form_gains_nothing_for_it(
+    backbone: GatedBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = {1: 0.9, 4: 2.0}
+    monkeypatch.setattr(optimize, "GAIN", 1.05)
+    monkeypatch.setattr(optimize, "_speedup", lambda old, new, x: gains[len(x)])
+    exact = backbone.model.forward
+    shortcut = take_shortcut(backbone, EXAMPLE, nothing_moves, compiled=False)
+    assert shortcut is not None
+    taken: list[int] = []
+    quick = shortcut._quick
+    monkeypatch.setattr(shortcut, "_quick", spied(quick, taken))
+
+    with torch.no_grad():
+        alone = backbone.model(images(1))
+        backbone.model(images(2))
+
+    assert taken == [2]
+    assert torch.equal(alone, exact(images(1)))
+    shortcut.close()
 
 
 class Undecided(nn.Module):
