@@ -132,7 +132,7 @@ class Explanations(Strict):
         description="file with the secret that the header X-PathGuard-Key has to show"
     )
     method: Annotated[str, AfterValidator(_known_attribution)] = Field(
-        default="neflag", description="attribution method"
+        default="integrated_gradients", description="attribution method"
     )
     max_pixels: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         default=65_536, description="of an input that is attributed; larger ones get all else"
@@ -215,8 +215,8 @@ class ModelSettings(Strict):
     explanations: Annotated[Explanations | None, BeforeValidator(_unless_off)] = Field(
         default=None,
         description="what /explanations tells the holder of a key about any request, refused ones "
-        "included: `{key_file: /path, method: neflag, max_pixels: 65536, budget_ms: 5000}`; null, "
-        "written `off`: only the archive's own explanations",
+        "included: `{key_file: /path, method: integrated_gradients, max_pixels: 65536, "
+        "budget_ms: 5000}`; null, written `off`: only the archive's own explanations",
     )
     optimize: bool | Literal["compiled"] = Field(
         default=False,

@@ -232,7 +232,7 @@ def test_explanations_are_off_unless_a_key_file_is_named() -> None:
     assert parsed("defaults: {explanations: off}").defaults.explanations is None
     found = parsed("models: {a: {explanations: {key_file: /run/key}}}").for_model("a").explanations
     assert found is not None
-    assert (found.key_file, found.method) == (Path("/run/key"), "neflag")
+    assert (found.key_file, found.method) == (Path("/run/key"), "integrated_gradients")
     assert (found.max_pixels, found.budget_ms) == (65_536, 5000)
 
 
