@@ -9,6 +9,9 @@ root=$1
 shift
 
 mount -t tmpfs -o mode=755 room "$root"
+# First, so that what is mounted may lie below it: a checkout in /tmp.
+mkdir "$root/tmp"
+mount -t tmpfs -o rw,noexec,nosuid,nodev,size=4g,mode=1777 tmp "$root/tmp"
 while [ "$1" != -- ]; do
   source=${1%%:*} rest=${1#*:}
   place=$root${rest%:rw}
@@ -27,9 +30,8 @@ while [ "$1" != -- ]; do
   shift
 done
 shift
-mkdir -p "$root/proc" "$root/tmp"
+mkdir -p "$root/proc"
 mount -t proc proc "$root/proc"
-mount -t tmpfs -o rw,noexec,nosuid,nodev,size=4g,mode=1777 tmp "$root/tmp"
 mount -o remount,ro "$root"
 ip link set lo up
 exec "$@"
