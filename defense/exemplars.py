@@ -22,7 +22,7 @@ from defense.types import PathLayout
 class Neighbour:
     """An exemplar near a request. distance: of the two paths, in deviations of a column of clean ones.
 
-    Two clean images of one class are about 1.4 apart where nothing else is known of them.
+    In the shipped guard two clean images of different classes are 1.4 apart, of one class 1.1 (medians).
     """
 
     image: str

@@ -44,15 +44,6 @@ class SiteBar:
 
 
 @dataclass(frozen=True)
-class NearPicture:
-    """A clean image whose path is near, by the name that the guard has for it."""
-
-    image: str
-    label: str
-    distance: float
-
-
-@dataclass(frozen=True)
 class Case:
     """An incident with the call that counts, if there is one, and what is said about it."""
 
@@ -153,15 +144,11 @@ class Case:
         ]
 
     @property
-    def near(self) -> list[tuple[str, list[NearPicture]]]:
+    def near(self) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
         """The clean images with the nearest paths, of any class and of the answer, where known."""
         titles = {"nearest_clean": "of any class", "nearest_predicted": "of the answer"}
         found = [(title, self._reasons.get(key) or ()) for key, title in titles.items()]
-        return [
-            (title, [NearPicture(n["image"], n["class"], n["distance"]) for n in near])
-            for title, near in found
-            if near
-        ]
+        return [(title, near) for title, near in found if near]
 
     @property
     def pathway(self) -> str | None:
